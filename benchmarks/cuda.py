@@ -1,0 +1,158 @@
+"""The CUDA check: everything that only a GPU can tell, in one command that needs no network and ends in eight minutes.
+
+    python -m benchmarks.cuda                 # JSON to benchmarks/results/, a trace to tests/fixtures/cuda_trace.json
+    python -m benchmarks.cuda --out FOLDER    # both to FOLDER as well
+    python -m benchmarks.cuda --only tests    # pieces whose name begins so
+
+It runs the tests marked `cuda`, records a short memory trace of a CUDA training step for the ledger's tests, times the
+optimizer's step with the bandwidth that it reaches, and trains a GPT-2 of 124 million parameters under every precision.
+Every piece is a process of its own with its own share of the time: one that fails, hangs or breaks the device leaves
+the others, and its error is kept in the JSON, which is written anew after each piece.
+
+Exits 0 where every piece came through, 1 where one did not, and 2 where there is no GPU.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+
+from benchmarks.common import RESULTS, ROOT, environment, slug, without_paths, write_result
+
+BUDGET_S = 450.0
+FIXTURES = ROOT / "tests" / "fixtures"
+PRECISIONS = ("mpt-16-true", "32-true", "16-mixed", "mpt-bf16-true", "bf16-mixed", "16-true", "bf16-true")
+
+
+class Piece(NamedTuple):
+    """One measurement: its name (a word, then what it is of), and the most seconds it may take."""
+
+    name: str
+    limit_s: float
+
+
+def plan() -> list[Piece]:
+    """All pieces, what matters most first: time that runs out takes the last ones."""
+    return [
+        Piece("trace", 60.0),
+        Piece("tests", 170.0),
+        *(Piece(f"step:{count}", 60.0) for count in ("10M", "100M", "1B")),
+        *(Piece(f"train:{precision}:long", 60.0) for precision in PRECISIONS),
+        *(Piece(f"train:{precision}:short", 45.0) for precision in PRECISIONS[:5]),
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the pieces. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, help="folder that gets the JSON and the trace as well")
+    parser.add_argument("--only", default="", help="run the pieces whose name begins with this")
+    parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds for everything (default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    deadline = time.monotonic() + arguments.budget
+    if not torch.cuda.is_available():
+        print("benchmarks.cuda needs a CUDA device and this machine has none: nothing was run.", file=sys.stderr)
+        return 2
+
+    console = Console()
+    started = environment("benchmarks.cuda", ["--only", arguments.only] if arguments.only else [])
+    stamp = datetime.now(timezone.utc).strftime("%Y-%m-%d-%H%M")
+    name = f"cuda-{slug(started['gpu']['name'])}-{stamp}.json"
+    folders = [RESULTS, *([arguments.out] if arguments.out else [])]
+    result: dict[str, Any] = {"environment": started, "pieces": {}}
+    pieces = [piece for piece in plan() if piece.name.startswith(arguments.only)]
+    for index, piece in enumerate(pieces, start=1):
+        limit_s = min(piece.limit_s, deadline - time.monotonic() - 3.0)
+        begun = time.monotonic()
+        if limit_s < 5.0:
+            outcome: dict[str, Any] = {"error": "left out: the time for the whole check had run out"}
+        else:
+            outcome = run_tests(limit_s) if piece.name == "tests" else run_piece(piece.name, limit_s)
+        outcome["wall_s"] = round(time.monotonic() - begun, 1)
+        if trace := outcome.pop("trace", None):
+            outcome["trace_bytes"] = len(trace)
+            for folder in (FIXTURES, *folders[1:]):
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "cuda_trace.json").write_text(trace, encoding="utf-8")
+        result["pieces"][piece.name] = outcome
+        for folder in folders:
+            write_result(folder / name, result)
+        word = f"[red]{escape(outcome['error'])}" if "error" in outcome else f"[green]{summary(outcome)}"
+        console.print(f"{index}/{len(pieces)} {piece.name} {outcome['wall_s']:.0f} s: {word}", soft_wrap=True)
+    console.print(f"written: benchmarks/results/{name}", highlight=False)
+    return 1 if any("error" in outcome for outcome in result["pieces"].values()) else 0
+
+
+def run_piece(name: str, limit_s: float) -> dict[str, Any]:
+    """Run one piece of `benchmarks.cuda_pieces` in a fresh process and return what it found."""
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "answer.json"
+        status, output = run_guarded([sys.executable, "-m", "benchmarks.cuda_pieces", name, str(answer)], limit_s)
+        if status == 0 and answer.exists():
+            found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+            return found
+        return {"error": failure(status, limit_s), "output_tail": without_paths(output)[-4000:]}
+
+
+def run_tests(limit_s: float) -> dict[str, Any]:
+    """Run the tests marked `cuda` and return pytest's closing line, and what failed."""
+    command = [sys.executable, "-m", "pytest", "-m", "cuda", "-q", "-p", "no:cacheprovider", "--durations=5"]
+    status, output = run_guarded(command, limit_s)
+    lines = without_paths(output).splitlines()
+    found: dict[str, Any] = {
+        "closing_line": next((line for line in reversed(lines) if line.strip()), ""),
+        "failed": [line for line in lines if line.startswith(("FAILED", "ERROR"))],
+    }
+    if status != 0:
+        found["error"] = "no test is marked cuda" if status == 5 else failure(status, limit_s)
+        found["output_tail"] = "\n".join(lines)[-12000:]
+    return found
+
+
+def run_guarded(command: Sequence[str], limit_s: float) -> tuple[int | None, str]:
+    """Run `command` in the repository: its exit status (None where it ran past `limit_s` and was ended) and output."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
+        # A session of its own, so that a child that hangs is ended with all that it started.
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,
+        )
+        status: int | None
+        try:
+            status = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            status = None
+        output.seek(0)
+        return status, output.read()
+
+
+def failure(status: int | None, limit_s: float) -> str:
+    """What an exit status says, in words."""
+    return f"ran past {limit_s:.0f} s and was ended" if status is None else f"ended with status {status}"
+
+
+def summary(outcome: dict[str, Any]) -> str:
+    """A piece's finding on one line."""
+    return str(outcome.get("summary") or outcome.get("closing_line") or "done")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,255 @@
+"""The measurements of the CUDA check, one per process: `python -m benchmarks.cuda_pieces PIECE ANSWER.json`.
+
+`benchmarks.cuda` starts them. Each returns a JSON object with a `summary` for the terminal.
+"""
+
+import contextlib
+import gc
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from benchmarks.common import cuda_clock, gpt_shapes, interleave
+from examples.train_gpt import ByteText, GPTModule, precision_arguments, quiet_lightning
+from lightning_mpt import MasterAdamW
+from lightning_mpt.profiler import MemoryProfiler
+
+MOVED_BYTES = {"float32": 28, "split": 26}
+"""Bytes per parameter that a step must read and write, by the kind of master weight; FP32 AdamW moves 28 too."""
+SHAPES: dict[str, dict[str, int]] = {
+    "10M": {"width": 256, "layers": 12},
+    "100M": {"width": 768, "layers": 12, "vocab_size": 50304},
+    "1B": {"width": 2048, "layers": 18, "vocab_size": 50304},
+}
+STEPS = 25
+"""Training steps of a `train` piece: two to warm up, three recorded, the others timed."""
+
+
+class StepClock(L.Callback):
+    """Times training steps, and keeps what they came to."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.losses: list[Tensor] = []
+        self._last: float | None = None
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any) -> None:
+        torch.cuda.synchronize()
+        now = time.perf_counter()
+        if self._last is not None:
+            self.seconds.append(now - self._last)
+        self._last = now
+        self.losses.append(outputs["loss"].detach().float())
+
+
+def train(precision: str, length: str) -> dict[str, Any]:
+    """Train GPT-2 (124 million parameters): its peak by category, its step time and its losses.
+
+    `long`: 8 sequences of 1024 tokens, where activations are most of the memory. `short`: 4 of 128, where the model is.
+    """
+    quiet_lightning()
+    L.seed_everything(0, verbose=False)
+    batch_size, seq_len = (8, 1024) if length == "long" else (4, 128)
+    module = GPTModule("small", vocab_size=50304, seq_len=1024, lr=3e-4, steps=STEPS, warmup_steps=5)
+    data = ByteText(seq_len=seq_len, batch_size=batch_size, steps=STEPS)
+    clock, profiler = StepClock(), MemoryProfiler(warmup_steps=2, steps=3)
+    trainer = L.Trainer(
+        accelerator="cuda",
+        devices=1,
+        max_epochs=1,
+        gradient_clip_val=1.0,
+        callbacks=[clock],
+        profiler=profiler,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        limit_val_batches=0,
+        **precision_arguments(precision),
+    )
+    trainer.fit(module, data)
+    report = profiler.report
+    step_s = sorted(clock.seconds[8:])[len(clock.seconds[8:]) // 2]
+    found = {
+        "parameters": sum(p.numel() for p in module.parameters()),
+        "batch_size": batch_size,
+        "seq_len": seq_len,
+        "peak_bytes": report.peak_bytes,
+        "reserved_bytes": report.reserved_bytes,
+        "categories": plain(report.categories),
+        "phases": plain(report.phases),
+        "allocator_peak_bytes_of_the_run": torch.cuda.max_memory_allocated(),
+        "step_s": step_s,
+        "losses": [round(loss.item(), 4) if loss.isfinite() else None for loss in clock.losses],
+        "skipped_steps": getattr(trainer.precision_plugin, "skipped_steps", None),
+        "loss_scale": getattr(trainer.precision_plugin, "loss_scale", None),
+    }
+    found["summary"] = (
+        f"peak {report.peak_bytes / 2**30:.3f} GiB, step {step_s * 1e3:.1f} ms, last loss {found['losses'][-1]}"
+    )
+    return found
+
+
+def step(size: str) -> dict[str, Any]:
+    """Time optimizer steps over `size` parameters: ours and torch's fused FP32 AdamW, with and without a GradScaler."""
+    shapes = gpt_shapes(**SHAPES[size])
+    count = sum(torch.Size(shape).numel() for shape in shapes)
+    source, target = (torch.empty(2**30, dtype=torch.uint8, device="cuda") for _ in range(2))
+    cases: dict[str, Callable[[], object]] = {"device copy of 1 GiB": lambda: target.copy_(source)}
+    moved = {"device copy of 1 GiB": 2 * source.numel()}
+    left_out: dict[str, str] = {}
+    syncs: dict[str, str] = {}
+
+    def add(name: str, moved_bytes: int, build: Callable[[], torch.optim.Optimizer], scaled: bool = False) -> None:
+        try:
+            optimizer = build()
+            call = scaled_step(optimizer) if scaled else optimizer.step
+            for _ in range(3):  # the first makes the state; a kernel is compiled here
+                call()
+            torch.cuda.synchronize()
+            syncs[name] = synchronizes(call)
+            cases[name], moved[name] = call, moved_bytes * count
+        except Exception as error:  # no memory for this one, or it cannot run: the others still can
+            left_out[name] = f"{type(error).__name__}: {error}"
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    def ours(dtype: torch.dtype, master_weights: str) -> Callable[[], torch.optim.Optimizer]:
+        return lambda: MasterAdamW(parameters(shapes, dtype), lr=1e-3, master_weights=master_weights)
+
+    add("torch fused, fp32", 28, lambda: torch.optim.AdamW(parameters(shapes, torch.float32), lr=1e-3, fused=True))
+    for master_weights in ("split", "float32"):
+        for dtype, name in ((torch.float16, "fp16"), (torch.bfloat16, "bf16")):
+            add(f"mpt {master_weights}, {name}", MOVED_BYTES[master_weights], ours(dtype, master_weights))
+    add("mpt split, fp16, GradScaler", 26 + 2, ours(torch.float16, "split"), scaled=True)
+    add(
+        "torch fused, fp32, GradScaler",
+        28 + 4,
+        lambda: torch.optim.AdamW(parameters(shapes, torch.float32), lr=1e-3, fused=True),
+        scaled=True,
+    )
+    timings = interleave(cases, rounds=20, warmup=3, clock=cuda_clock)
+    copy_rate = moved["device copy of 1 GiB"] / timings["device copy of 1 GiB"].median_s
+    found: dict[str, Any] = {"parameters": count, "tensors": len(shapes), "cases": {}, "left_out": left_out}
+    for name, timing in timings.items():
+        rate = moved[name] / timing.median_s
+        found["cases"][name] = {
+            **timing._asdict(),
+            "moved_bytes": moved[name],
+            "bytes_per_s": rate,
+            "share_of_copy": rate / copy_rate,
+            "host_synchronization": syncs.get(name),
+        }
+    found["summary"] = "; ".join(
+        f"{name}: {case['median_s'] * 1e3:.2f} ms ({case['share_of_copy']:.0%})"
+        for name, case in found["cases"].items()
+    )
+    if left_out:
+        found["error"] = f"{len(left_out)} left out: " + "; ".join(f"{key}: {why}" for key, why in left_out.items())
+    return found
+
+
+def trace() -> dict[str, Any]:
+    """Record a step of a very small GPT under `mpt-16-true`, and keep the trace, for the ledger's tests."""
+    quiet_lightning()
+    L.seed_everything(0, verbose=False)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler = MemoryProfiler(warmup_steps=2, steps=1, save_trace=path)
+        trainer = L.Trainer(
+            accelerator="cuda",
+            devices=1,
+            max_epochs=1,
+            profiler=profiler,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+            limit_val_batches=0,
+            **precision_arguments("mpt-16-true"),
+        )
+        trainer.fit(GPTModule("nano", seq_len=64, steps=5), ByteText(seq_len=64, batch_size=4, steps=5))
+        report = profiler.report
+        return {
+            "summary": f"peak {report.peak_bytes:,} bytes, unattributed {report.categories.get('unattributed', 0):,}",
+            "peak_bytes": report.peak_bytes,
+            "categories": plain(report.categories),
+            "trace": path.read_text(encoding="utf-8"),
+        }
+
+
+def parameters(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[torch.nn.Parameter]:
+    """Parameters with gradients, of ordinary magnitudes."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    made = []
+    for shape in shapes:
+        parameter = torch.nn.Parameter((0.02 * torch.randn(shape, device="cuda", generator=generator)).to(dtype))
+        parameter.grad = (1e-3 * torch.randn(shape, device="cuda", generator=generator)).to(dtype)
+        made.append(parameter)
+    return made
+
+
+def scaled_step(optimizer: torch.optim.Optimizer) -> Callable[[], object]:
+    """A step as `torch.amp.GradScaler` drives it: look for inf and NaN, then unscale within the update.
+
+    Not the scaler's `update`: it would let the scale drift between rounds, and is the same for both.
+    """
+    scaler = torch.amp.GradScaler("cuda", init_scale=1.0)
+    scaler.scale(torch.ones((), device="cuda"))
+
+    def call() -> None:
+        scaler.step(optimizer)
+        scaler.update(1.0)
+
+    return call
+
+
+def synchronizes(call: Callable[[], object]) -> str:
+    """`none`, or what torch says of the first place where `call` waits for the device."""
+    try:
+        with sync_is_error():
+            call()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return "none"
+
+
+@contextlib.contextmanager
+def sync_is_error() -> Iterator[None]:
+    """Within, a call that makes the host wait for the device raises."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def plain(value: Any) -> Any:
+    """A report's mappings and records as JSON's own types, with names for keys."""
+    if isinstance(value, dict):
+        return {str(getattr(key, "value", key)): plain(item) for key, item in value.items()}
+    if hasattr(value, "_asdict"):
+        return plain(value._asdict())
+    if hasattr(value, "__dataclass_fields__"):
+        return {name: plain(getattr(value, name)) for name in value.__dataclass_fields__}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def main(piece: str, answer: str) -> None:
+    """Run `piece` (`trace`, `step:SIZE`, or `train:PRECISION:LENGTH`) and write what it found to `answer`."""
+    kind, *details = piece.split(":")
+    found = {"train": train, "step": step, "trace": trace}[kind](*details)
+    Path(answer).write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
