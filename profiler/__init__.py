@@ -1,1 +1,31 @@
-"""Memory profiler."""
+"""Where the memory of a training step goes: every byte that the allocator holds at the peak, by name."""
+
+from typing import TYPE_CHECKING, Any
+
+from .category import Category
+from .recorder import MemoryRecorder
+from .report import Comparison, Duplicate, MemoryReport, PhasePeak, TensorUse, TimelinePoint
+
+if TYPE_CHECKING:
+    from .lightning import MemoryProfiler
+
+__all__ = [
+    "Category",
+    "Comparison",
+    "Duplicate",
+    "MemoryProfiler",
+    "MemoryRecorder",
+    "MemoryReport",
+    "PhasePeak",
+    "TensorUse",
+    "TimelinePoint",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Lightning takes a second and more to import; the recorder and the reports do without it.
+    if name == "MemoryProfiler":
+        from .lightning import MemoryProfiler
+
+        return MemoryProfiler
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,209 @@
+"""MemoryProfiler: the memory profiler as Lightning's `Profiler`, for `Trainer(profiler=...)`.
+
+A step is recorded from the fetching of its batch to the end of the optimizer's step. Lightning tells a profiler when an
+action starts and stops, also when an exception passes through it: that is how the recording is switched off then, since
+Lightning tears nothing down.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.profilers import Profiler
+from typing_extensions import override
+
+from .recorder import check_steps
+from .recording import Recording
+from .report import MemoryReport
+from .session import Session, json_path
+
+_FETCH = ".train_dataloader_next"
+_BATCH = "run_training_batch"
+_VALIDATION = ".on_validation_start"
+
+
+class MemoryProfiler(Profiler):
+    """Records where memory goes in a few training steps, prints the table when `fit` ends, and keeps it as JSON.
+
+    `Trainer(profiler=MemoryProfiler())`; afterwards `trainer.profiler.report` is a `MemoryReport`.
+
+    Args:
+        dirpath: folder for the report; by default the logger's, else the Trainer's `default_root_dir`.
+        filename: its name without `.json`; by default `memory_report`. Processes of a rank above 0 add `-RANK`.
+        warmup_steps: batches to let pass first, so that optimizer state and library workspaces exist.
+        steps: how many batches to record. Before and after them nothing is on, and nothing is slower.
+        save_trace: where to keep the recorded events as JSON, for `MemoryReport.from_trace`.
+
+    Raises:
+        ValueError: for step counts out of range, and at the first recorded step for a device that tells nothing of its
+            allocations.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | Path | None = None,
+        filename: str | None = None,
+        *,
+        warmup_steps: int = 2,
+        steps: int = 3,
+        save_trace: str | Path | None = None,
+    ) -> None:
+        check_steps(warmup_steps, steps)
+        super().__init__(dirpath=dirpath, filename=filename)
+        self.warmup_steps = warmup_steps
+        self.steps = steps
+        self.save_trace = save_trace
+        self._lightning_module: pl.LightningModule | None = None  # the Trainer sets it
+        self._session: Session | None = None
+        self._recording: Recording | None = None
+        self._report: MemoryReport | None = None
+        self._callback = _BatchWitness(self)
+        self._passed = 0
+        self._done = True
+        self._printed = True
+        self._why_none = "fit has not run with this profiler"
+        self._handled: BaseException | None = None
+
+    @property
+    def report(self) -> MemoryReport:
+        """The report of the last fit. Raises RuntimeError, with the reason, where there is none."""
+        if self._report is None:
+            raise RuntimeError(f"There is no memory report: {self._why_none}.")
+        return self._report
+
+    # -- what Lightning calls -----------------------------------------------------------------------------------
+
+    @override
+    def setup(self, stage: str, local_rank: int | None = None, log_dir: str | None = None) -> None:
+        super().setup(stage, local_rank, log_dir)
+        if stage == "fit":
+            self._abort()
+            self._report, self._passed, self._done, self._printed = None, 0, False, False
+            self._why_none = (
+                f"fit ended after too few batches: it needs warmup_steps={self.warmup_steps} and at least one more"
+            )
+
+    @override
+    def start(self, action_name: str) -> None:
+        if self._done:
+            return
+        if action_name.endswith(_FETCH):
+            self._begin_step()
+        elif action_name.endswith(_VALIDATION) and self._session is not None:
+            self._pause()
+
+    @override
+    def stop(self, action_name: str) -> None:
+        if self._session is None:
+            if action_name == _BATCH and not self._done:
+                self._passed += 1
+            return
+        # Called in a `finally`: an exception is passing if one is being handled that was not when the step began.
+        if sys.exc_info()[1] is not self._handled:
+            self._abort()
+            self._why_none = f"a training step ended in {sys.exc_info()[0]!r}, and the recording with it"
+            self._done = True
+        elif action_name == _BATCH:
+            self._end_step()
+
+    @override
+    def summary(self) -> str:
+        if self._report is None:
+            return ""
+        from .render import report_text
+
+        return report_text(self._report)
+
+    @override
+    def describe(self) -> None:
+        """Called by the Trainer when `fit` (or another stage) ends: print the table and write the report, once."""
+        if not self._printed and self._stage == "fit":
+            self._printed = True
+            self._finish()
+            if self._report is not None:
+                self._report.save(json_path(self._report_path()))
+                if not self._local_rank:
+                    self._report.print()
+        self.teardown(self._stage)
+
+    @override
+    def teardown(self, stage: str | None) -> None:
+        # Also called by __del__ of an object that __init__ refused.
+        if getattr(self, "_session", None) is not None:
+            self._abort()
+        super().teardown(stage)
+
+    # -- recording ----------------------------------------------------------------------------------------------
+
+    def _begin_step(self) -> None:
+        if self._passed < self.warmup_steps - 1:
+            return
+        if self._session is None:
+            assert self._lightning_module is not None
+            trainer = self._lightning_module.trainer
+            self._handled = sys.exc_info()[1]
+            session = Session(
+                trainer.lightning_module,
+                trainer.optimizers,
+                witnesses=[trainer.precision_plugin],
+                device=trainer.strategy.root_device,
+            )
+            session.start()
+            self._session = session
+            trainer.callbacks.append(self._callback)
+        self._session.open_step()
+
+    def _end_step(self) -> None:
+        assert self._session is not None
+        self._passed += 1
+        self._session.close_step(counted=self._passed > self.warmup_steps)
+        if self._session.counted_steps == self.steps:
+            self._finish()
+
+    def _pause(self) -> None: ...
+
+    def _finish(self) -> None:
+        """Stop recording and make the report of the steps counted so far, if there are any."""
+        self._done = True
+        session, self._session = self._session, None
+        if session is None:
+            return
+        self._remove_callback()
+        if not session.counted_steps:
+            session.abort()
+            return
+        recording = session.finish()
+        if self.save_trace is not None:
+            recording.save(json_path(self.save_trace))
+        self._report = MemoryReport.from_recording(recording)
+
+    def _abort(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            self._remove_callback()
+            session.abort()
+
+    def _remove_callback(self) -> None:
+        assert self._lightning_module is not None
+        callbacks = self._lightning_module.trainer.callbacks
+        if self._callback in callbacks:
+            callbacks.remove(self._callback)
+
+    def _report_path(self) -> Path:
+        assert self._lightning_module is not None
+        folder = self.dirpath or self._lightning_module.trainer.default_root_dir
+        rank = f"-{self._local_rank}" if self._local_rank else ""
+        return Path(folder) / f"{self.filename or 'memory_report'}{rank}.json"
+
+
+class _BatchWitness(pl.Callback):
+    """Tells the profiler what the batch is: a profiler is told of actions only, never of what they act on."""
+
+    def __init__(self, profiler: MemoryProfiler) -> None:
+        self._profiler = profiler
+
+    @override
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *_: Any) -> None:
+        if self._profiler._session is not None:
+            self._profiler._session.claim_inputs(batch)

@@ -1,0 +1,287 @@
+"""Who owns an address, as seen while a step runs.
+
+Everything here is watched from outside, by hooks that torch offers and that come off again after every step:
+
+- parameters, buffers, gradients and optimizer state are looked up at the edges of a step;
+- gradients also when they are accumulated, since they may be gone by the end of the step;
+- tensors saved for backward, by `saved_tensors_hooks`. The pack hook gives the tensor itself to the graph, so nothing
+  is copied or kept longer than it would be;
+- which module runs, by forward hooks; and with them the phase: `forward` when a module runs, `backward` from the first
+  gradient or unpacked tensor until the autograd engine is done, `optimizer_step` from there on. A closure that runs
+  forward and backward inside `Optimizer.step`, as Lightning's does, is so taken apart correctly.
+
+An owner that knows more has a method `memory_categories()`: an optimizer, or anything given as `witnesses`. It yields
+`(category, tensor, parameter or None)`, category being a value of `Category`.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from .category import Category
+from .ledger import BACKWARD, FORWARD, OPTIMIZER_STEP, OUTSIDE
+from .recording import Claim, Gone, Mark
+
+now_ns = time.time_ns
+"""The clock of torch.profiler's events and, to its microsecond, of the CUDA allocator's history."""
+
+
+class Owners:
+    """Collects claims and marks about one training loop on one device.
+
+    Args:
+        module: the root module.
+        optimizers: the optimizers that step it.
+        device: claims are made for storages on this device alone.
+        witnesses: further objects with a `memory_categories()` method.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        optimizers: Iterable[torch.optim.Optimizer],
+        device: torch.device,
+        witnesses: Iterable[Any] = (),
+    ) -> None:
+        self._module = module
+        self._optimizers = list(optimizers)
+        self._witnesses = [*self._optimizers, *witnesses]
+        self._device = device
+        self._handles: list[Any] = []
+        self._saved_hooks: torch.autograd.graph.saved_tensors_hooks | None = None
+        self._running: list[str] = []
+        self._phase = OUTSIDE
+        self._fresh = False  # no module has run in this phase yet: what the first is given is the batch
+        self._watched: dict[int, StorageWeakRef] = {}
+        self.claims: list[Claim] = []
+        self.phases: list[Mark] = []
+        self.modules: list[Mark] = []
+        self.gone: list[Gone] = []
+
+    # -- a step begins and ends ---------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Put the hooks on. A step begins: its phase is `forward`."""
+        self._name_parameters()
+        self.claim_lasting()
+        self._enter(FORWARD)
+        # The innermost saved-tensor hooks alone apply, so these must be the outermost: a user's own, or a
+        # checkpoint's, stay in force within.
+        self._saved_hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        self._saved_hooks.__enter__()
+        for path, module in _hookable(self._module):
+            self._handles.append(module.register_forward_pre_hook(self._enterer(path), with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._leaver(), always_call=True))
+        for parameter in self._paths:
+            if parameter.requires_grad and parameter.is_leaf:
+                handle = parameter.register_post_accumulate_grad_hook(self._gradient)
+                # First of all: another hook may use the gradient up and free it.
+                parameter._post_accumulate_grad_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
+                self._handles.append(handle)
+
+    def remove(self) -> None:
+        """Take everything off again; the time after this is between steps."""
+        if self._saved_hooks is not None:
+            self._saved_hooks.__exit__()
+            self._saved_hooks = None
+        while self._handles:
+            self._handles.pop().remove()
+        self._running.clear()
+        if self._phase != OUTSIDE:
+            self._enter(OUTSIDE)
+
+    # -- claims -------------------------------------------------------------------------------------------------
+
+    def claim(self, category: Category, tensor: torch.Tensor, module: str | None, *, watch: bool = False) -> None:
+        """`tensor`'s storage belongs to `category` and to the module at path `module` (None: to no module)."""
+        for part in _parts(tensor):
+            storage = part.untyped_storage()
+            if part.device.type != self._device.type or storage.nbytes() == 0:
+                continue
+            if self._device.index is not None and part.device.index != self._device.index:
+                continue
+            address = storage.data_ptr()
+            if address == 0:  # fake, meta, or freed by resizing, as FSDP does
+                continue
+            dtype = str(part.dtype).removeprefix("torch.")
+            self.claims.append(Claim(now_ns(), address, storage.nbytes(), category, module, tuple(part.shape), dtype))
+            if watch and address not in self._watched:
+                self._watched[address] = StorageWeakRef(storage)
+
+    def claim_inputs(self, batch: Any) -> None:
+        """Every tensor in `batch`, whatever it is nested in, is an input."""
+        for tensor in _tensors_in(batch):
+            if not tensor.requires_grad:
+                self.claim(Category.INPUTS, tensor, "", watch=True)
+
+    def claim_lasting(self) -> None:
+        """Claim what outlives a step: parameters, gradients, buffers, optimizer state, and what the witnesses say."""
+        for parameter, path in self._paths.items():
+            self.claim(Category.WEIGHTS, parameter, path, watch=True)
+            if parameter.grad is not None:
+                self.claim(Category.GRADIENTS, parameter.grad, path, watch=True)
+        for path, module in self._module.named_modules():
+            for buffer in module._buffers.values():
+                if buffer is not None:
+                    self.claim(Category.BUFFERS, buffer, path, watch=True)
+        for witness in self._witnesses:
+            self._claim_testimony(witness)
+        for optimizer in self._optimizers:
+            for key, state in optimizer.state.items():
+                path = self._paths.get(key) if isinstance(key, torch.nn.Parameter) else None
+                for tensor in _tensors_in(state):
+                    self.claim(Category.OPTIMIZER_STATE, tensor, path, watch=True)
+
+    def _claim_testimony(self, witness: Any) -> None:
+        categories = getattr(witness, "memory_categories", None)
+        if categories is None:
+            return
+        for name, tensor, parameter in categories():
+            path = self._paths.get(parameter) if parameter is not None else None
+            self.claim(Category(name), tensor, path, watch=True)
+
+    def _name_parameters(self) -> None:
+        """Each parameter's module path. Anew every step: parameters may be replaced, optimizers given others."""
+        self._paths: dict[torch.nn.Parameter, str | None] = {}
+        for path, module in self._module.named_modules():
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    self._paths.setdefault(parameter, path)
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    self._paths.setdefault(parameter, None)
+
+    def parameter_count(self) -> int:
+        """Number of scalar parameters, those of tied modules once."""
+        self._name_parameters()
+        return sum(parameter.numel() for parameter in self._paths)
+
+    def _look_for_gone(self) -> None:
+        """Note which of the watched storages have died since the last look."""
+        for address, storage in list(self._watched.items()):
+            if storage.expired():
+                del self._watched[address]
+                self.gone.append(Gone(now_ns(), address))
+
+    # -- phases and modules -------------------------------------------------------------------------------------
+
+    def _enter(self, phase: str) -> None:
+        self._look_for_gone()
+        self._phase = phase
+        self._fresh = phase == FORWARD
+        self.phases.append(Mark(now_ns(), phase))
+
+    def _enter_backward(self) -> None:
+        if self._phase != BACKWARD:
+            self._enter(BACKWARD)
+            self.modules.append(Mark(now_ns(), None))
+            if in_backward():
+                torch.autograd.Variable._execution_engine.queue_callback(self._leave_backward)
+
+    def _leave_backward(self) -> None:
+        if self._phase == BACKWARD:
+            self._enter(OPTIMIZER_STEP)
+
+    def _enterer(self, path: str) -> Any:
+        def enter(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if torch.compiler.is_compiling():  # traced into a compiled graph, this hook must be nothing
+                return
+            if self._phase == OPTIMIZER_STEP and not in_backward():
+                self._enter(FORWARD)
+            if self._fresh and not in_backward():
+                self._fresh = False
+                self.claim_inputs((args, kwargs))
+            self._running.append(path)
+            self.modules.append(Mark(now_ns(), path))
+
+        return enter
+
+    def _leaver(self) -> Any:
+        def leave(module: torch.nn.Module, args: Any, output: Any) -> None:
+            if torch.compiler.is_compiling():
+                return
+            if self._running:
+                self._running.pop()
+            self.modules.append(Mark(now_ns(), self._running[-1] if self._running else None))
+
+        return leave
+
+    # -- what autograd does -------------------------------------------------------------------------------------
+
+    def _pack(self, tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+        self.claim(Category.ACTIVATIONS, tensor, self._running[-1] if self._running else None)
+        return tensor, _version(tensor)
+
+    def _unpack(self, packed: tuple[torch.Tensor, int]) -> torch.Tensor:
+        self._enter_backward()
+        tensor, version = packed
+        # Autograd leaves this check out where there are hooks.
+        if _version(tensor) != version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"[{tensor.type()} {list(tensor.shape)}] is at version {_version(tensor)}; expected version {version} "
+                "instead. Hint: torch.autograd.set_detect_anomaly(True) finds the operation that failed."
+            )
+        return tensor
+
+    def _gradient(self, parameter: torch.Tensor) -> None:
+        self._enter_backward()
+        if parameter.grad is not None:
+            self.claim(Category.GRADIENTS, parameter.grad, self._paths.get(parameter))  # type: ignore[call-overload]
+
+
+def in_backward() -> bool:
+    """Whether the autograd engine runs, on this thread, a backward pass."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _hookable(root: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """The modules whose forward pass Python sees: not those inside a compiled or scripted one."""
+    hidden: set[torch.nn.Module] = set()
+    for path, module in root.named_modules():
+        if module in hidden or isinstance(module, torch.jit.ScriptModule):
+            hidden.update(module.children())
+            continue
+        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
+            hidden.update(module.children())
+        if module._compiled_call_impl is None:
+            yield path, module
+
+
+def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The plain strided tensors that hold a tensor's data: several for a sparse one or a wrapper (DTensor)."""
+    if tensor.layout in (torch.sparse_coo,):
+        yield from (tensor._indices(), tensor._values())
+    elif tensor.layout is not torch.strided:
+        return
+    elif torch.utils._python_dispatch.is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        for name in names:
+            yield from _parts(getattr(tensor, name))
+    else:
+        yield tensor
+
+
+def _tensors_in(item: Any, depth: int = 8) -> Iterator[torch.Tensor]:
+    """The tensors in nested lists, tuples, dictionaries and plain objects."""
+    if isinstance(item, torch.Tensor):
+        yield item
+    elif depth == 0 or item is None or isinstance(item, str | bytes | int | float):
+        return
+    elif isinstance(item, dict) or hasattr(item, "items"):
+        for value in dict(item).values():
+            yield from _tensors_in(value, depth - 1)
+    elif isinstance(item, list | tuple | set):
+        for value in item:
+            yield from _tensors_in(value, depth - 1)
+    elif hasattr(item, "__dict__"):
+        for value in vars(item).values():
+            yield from _tensors_in(value, depth - 1)

@@ -1,0 +1,131 @@
+"""MemoryRecorder: the profiler round any PyTorch loop."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from .report import MemoryReport
+from .session import Session, json_path
+
+
+class MemoryRecorder:
+    """Records where memory goes in a training loop.
+
+    ```python
+    with MemoryRecorder(model, optimizer) as recorder:
+        for inputs, targets in loader:
+            loss = criterion(model(inputs), targets)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            recorder.step()
+    recorder.report.print()
+    ```
+
+    Args:
+        module: the module that is trained. Its device is the one recorded.
+        optimizers: the optimizer, or several.
+        warmup_steps: steps to let pass first. The last of them is followed, but not counted: so that what it leaves
+            behind is known.
+        steps: how many steps to count, then stop recording; None for all until the end of the `with` block.
+        witnesses: further objects that know whose tensors are whose: with a method `memory_categories()` that yields
+            `(category, tensor, parameter or None)`. An optimizer that has this method is asked by itself.
+        save_trace: where to keep the recorded events as JSON, for `MemoryReport.from_trace`.
+
+    On CUDA the device's peak statistics are reset at the beginning of every recorded step.
+
+    Raises:
+        ValueError: for a device that tells nothing of its allocations; for step counts out of range.
+        RuntimeError: where `torch.profiler` is recording already (CPU).
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] = (),
+        *,
+        warmup_steps: int = 0,
+        steps: int | None = None,
+        witnesses: Iterable[Any] = (),
+        save_trace: str | Path | None = None,
+    ) -> None:
+        check_steps(warmup_steps, steps)
+        self._module = module
+        self._optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
+        self._warmup_steps = warmup_steps
+        self._steps = steps
+        self._witnesses = list(witnesses)
+        self._save_trace = save_trace
+        self._session: Session | None = None
+        self._passed = 0
+        self._report: MemoryReport | None = None
+
+    @property
+    def report(self) -> MemoryReport:
+        """The report, once the counted steps are over. Raises RuntimeError before, and where none was counted."""
+        if self._report is None:
+            raise RuntimeError(
+                f"There is no memory report: {self._passed} steps ended (MemoryRecorder.step() says when), and a report "
+                f"needs more than warmup_steps={self._warmup_steps} and the end of the `with` block."
+            )
+        return self._report
+
+    def __enter__(self) -> "MemoryRecorder":
+        self._passed, self._report = 0, None
+        self._begin_step()
+        return self
+
+    def step(self) -> None:
+        """Say that a training step is over."""
+        session = self._session
+        self._passed += 1
+        if session is not None:
+            session.close_step(counted=self._passed > self._warmup_steps)
+            if session.counted_steps == self._steps:
+                self._finish()
+                return
+        if self._report is None:
+            self._begin_step()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None and self._session is not None and self._session.counted_steps:
+            self._finish()
+        elif self._session is not None:
+            self._session.abort()
+            self._session = None
+
+    def claim_inputs(self, batch: Any) -> None:
+        """Say what the batch of this step is. Needed only for tensors that are made after the module's first call."""
+        if self._session is not None:
+            self._session.claim_inputs(batch)
+
+    def _begin_step(self) -> None:
+        if self._session is None:
+            if self._passed < self._warmup_steps - 1:
+                return
+            self._session = Session(self._module, self._optimizers, self._witnesses)
+            self._session.start()
+        self._session.open_step()
+
+    def _finish(self) -> None:
+        session, self._session = self._session, None
+        assert session is not None
+        recording = session.finish()
+        if self._save_trace is not None:
+            recording.save(json_path(self._save_trace))
+        self._report = MemoryReport.from_recording(recording)
+
+
+def check_steps(warmup_steps: int, steps: int | None) -> None:
+    """Raise ValueError unless the counts make sense."""
+    if not isinstance(warmup_steps, int) or warmup_steps < 0:
+        raise ValueError(
+            f"warmup_steps={warmup_steps!r}: must be a whole number, 0 or more. The default is a good one."
+        )
+    if steps is not None and (not isinstance(steps, int) or steps < 1):
+        raise ValueError(f"steps={steps!r}: must be a whole number, 1 or more: at least one step has to be recorded.")

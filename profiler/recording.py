@@ -1,0 +1,136 @@
+"""What was seen while recording: pure data, no torch.
+
+A recording is what the sources and the owners saw, in the order of one clock (nanoseconds of the Unix clock, the clock of
+`time.time_ns`, of `torch.profiler` and of the CUDA allocator's history). It can be kept as JSON and replayed elsewhere.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .category import Category
+
+TRACE_FORMAT = "lightning-mpt-memory-trace"
+TRACE_VERSION = 1
+
+
+class Event(NamedTuple):
+    """One allocation (`bytes` > 0) or free (`bytes` <= 0).
+
+    `bytes` is the block that the allocator handed out; `requested_bytes` what was asked for, at most `bytes`. Both are
+    ignored in a free.
+    """
+
+    time_ns: int
+    address: int
+    bytes: int
+    requested_bytes: int
+
+
+class Claim(NamedTuple):
+    """Someone owned the storage at `address` at `time_ns`: so the block alive there and then is theirs, all its life."""
+
+    time_ns: int
+    address: int
+    bytes: int
+    category: Category
+    module: str | None
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Mark(NamedTuple):
+    """From `time_ns` on, `name` applies, until the next mark: a phase, or the path of the running module.
+
+    The root module's path is `""`; where no module runs, it is None.
+    """
+
+    time_ns: int
+    name: str | None
+
+
+class Gone(NamedTuple):
+    """A block older than the recording was found freed at `time_ns`, where the source does not report such frees."""
+
+    time_ns: int
+    address: int
+
+
+class Window(NamedTuple):
+    """One counted step, and the allocator's own peak within it (None where the allocator keeps none)."""
+
+    start_ns: int
+    end_ns: int
+    peak_bytes: int | None
+
+
+@dataclass
+class Recording:
+    """Everything that a report is computed from."""
+
+    device: str
+    parameters: int
+    """Number of scalar parameters, tied ones once."""
+    start: list[Event] = field(default_factory=list)
+    """Blocks alive when the recording began."""
+    events: list[Event] = field(default_factory=list)
+    claims: list[Claim] = field(default_factory=list)
+    phases: list[Mark] = field(default_factory=list)
+    modules: list[Mark] = field(default_factory=list)
+    gone: list[Gone] = field(default_factory=list)
+    windows: list[Window] = field(default_factory=list)
+    reserved_bytes: int | None = None
+    claims_make_blocks: bool = False
+    """True where the source cannot list what is alive (CPU): then a claim without a block stands for a block."""
+
+    def save(self, path: str | Path) -> None:
+        """Write this recording as JSON to `path`."""
+        content = {"format": TRACE_FORMAT, "version": TRACE_VERSION, **_plain(self)}
+        Path(path).write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Recording":
+        """Read what `save` wrote. Raises ValueError where the file is something else."""
+        content = read_versioned(path, TRACE_FORMAT, TRACE_VERSION, "a trace that MemoryProfiler(save_trace=...) wrote")
+        return cls(
+            device=content["device"],
+            parameters=content["parameters"],
+            start=[Event(*row) for row in content["start"]],
+            events=[Event(*row) for row in content["events"]],
+            claims=[
+                Claim(time_ns, address, size, Category(category), module, tuple(shape), dtype)
+                for time_ns, address, size, category, module, shape, dtype in content["claims"]
+            ],
+            phases=[Mark(*row) for row in content["phases"]],
+            modules=[Mark(*row) for row in content["modules"]],
+            gone=[Gone(*row) for row in content["gone"]],
+            windows=[Window(*row) for row in content["windows"]],
+            reserved_bytes=content["reserved_bytes"],
+            claims_make_blocks=content["claims_make_blocks"],
+        )
+
+
+def read_versioned(path: str | Path, format_name: str, version: int, what: str) -> dict[str, Any]:
+    """The JSON object in `path`, if it says that it is a `format_name` of this `version`; else ValueError."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); expected {what}.") from error
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != format_name:
+        raise ValueError(f"{path} holds {found!r}, not {format_name!r}; expected {what}.")
+    if content.get("version") != version:
+        raise ValueError(
+            f"{path} has version {content.get('version')!r} of {format_name}, and this package reads version {version}: "
+            "read it with the version of lightning-mpt that wrote it."
+        )
+    return content
+
+
+def _plain(recording: Recording) -> dict[str, Any]:
+    def rows(items: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
+        return [list(item) for item in items]
+
+    return {name: rows(value) if isinstance(value, list) else value for name, value in vars(recording).items()}

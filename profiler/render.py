@@ -1,0 +1,122 @@
+"""How a report looks: rich tables. The only place that knows GiB; it measures nothing."""
+
+from collections.abc import Sequence
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .category import Category
+from .report import Comparison, MemoryReport
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+_PER_PARAMETER = (Category.WEIGHTS, Category.MASTER_WEIGHTS, Category.GRADIENTS, Category.OPTIMIZER_STATE)
+"""What grows with the number of parameters, so that bytes per parameter say something."""
+_STYLES = {Category.UNATTRIBUTED: "yellow", Category.ROUNDING: "dim"}
+
+
+def format_bytes(size: int) -> str:
+    """`size` bytes in the largest unit of which there is at least one: '1.50 GiB'."""
+    value, unit = float(size), 0
+    while abs(value) >= 1024 and unit < len(_UNITS) - 1:
+        value, unit = value / 1024, unit + 1
+    return f"{size} B" if unit == 0 else f"{value:.2f} {_UNITS[unit]}"
+
+
+def render_report(report: MemoryReport) -> RenderableType:
+    """The whole report: categories at the peak, and the peak of every phase."""
+    parts: list[RenderableType] = [_heading(report), _category_table(report)]
+    if report.phases:
+        parts.append(_phase_table(report))
+    return Group(*parts)
+
+
+def render_comparison(comparison: Comparison) -> RenderableType:
+    """Reports side by side, and what each saves against the first."""
+    reports = comparison.reports
+    names = [*comparison.names, *(f"report {i + 1}" for i in range(len(comparison.names), len(reports)))]
+    table = Table(title="Memory at the peak", title_justify="left", title_style="bold")
+    table.add_column("category", no_wrap=True)
+    for name in names[: len(reports)]:
+        table.add_column(name, justify="right", overflow="fold")
+    for category in Category:
+        sizes = [report.categories.get(category, 0) for report in reports]
+        if any(sizes):
+            table.add_row(category.value, *map(format_bytes, sizes), style=_STYLES.get(category))
+    table.add_section()
+    table.add_row("peak", *(format_bytes(report.peak_bytes) for report in reports), style="bold")
+    base = reports[0].peak_bytes
+    if base:
+        savings = ["", *(f"{(base - report.peak_bytes) / base:.1%}" for report in reports[1:])]
+        table.add_row("saved", *savings, style="bold green")
+    return table
+
+
+def print_report(report: MemoryReport, console: Console | None = None) -> None:
+    (console or Console()).print(render_report(report))
+
+
+def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
+    (console or Console()).print(render_comparison(comparison))
+
+
+def report_text(report: MemoryReport, width: int = 100) -> str:
+    """The report as plain text, `width` columns wide."""
+    console = Console(width=width, color_system=None, force_terminal=False)
+    with console.capture() as capture:
+        console.print(render_report(report))
+    return capture.get()
+
+
+def _heading(report: MemoryReport) -> Text:
+    steps = f"{report.steps} step" + ("s" if report.steps != 1 else "")
+    text = Text.assemble(("Memory at the peak", "bold"), f" on {report.device}, {steps} recorded")
+    if report.reserved_bytes is not None:
+        text.append(f", {format_bytes(report.reserved_bytes)} reserved")
+    return text
+
+
+def _category_table(report: MemoryReport) -> Table:
+    table = Table()
+    table.add_column("category", no_wrap=True)
+    table.add_column("memory", justify="right", no_wrap=True)
+    table.add_column("share", justify="right", no_wrap=True)
+    table.add_column("bytes/parameter", justify="right", overflow="fold")
+    model = 0
+    for category in Category:
+        size = report.categories.get(category, 0)
+        per_parameter = ""
+        if category in _PER_PARAMETER:
+            model += size
+            per_parameter = _per_parameter(size, report)
+        if size:
+            table.add_row(
+                category.value, format_bytes(size), _share(size, report), per_parameter, style=_STYLES.get(category)
+            )
+    table.add_section()
+    table.add_row("peak", format_bytes(report.peak_bytes), _share(report.peak_bytes, report), "", style="bold")
+    if report.parameters:
+        table.add_row(
+            "of it model state", format_bytes(model), _share(model, report), _per_parameter(model, report), style="dim"
+        )
+    return table
+
+
+def _phase_table(report: MemoryReport) -> Table:
+    table = Table()
+    table.add_column("phase", no_wrap=True)
+    table.add_column("its own peak", justify="right", no_wrap=True)
+    table.add_column("made of", overflow="fold")
+    for name, phase in report.phases.items():
+        largest: Sequence[tuple[Category, int]] = sorted(phase.categories.items(), key=lambda item: -item[1])[:3]
+        made_of = ", ".join(f"{category.value} {format_bytes(size)}" for category, size in largest if size)
+        table.add_row(name, format_bytes(phase.peak_bytes), made_of)
+    return table
+
+
+def _share(size: int, report: MemoryReport) -> str:
+    return f"{size / report.peak_bytes:.1%}" if report.peak_bytes else ""
+
+
+def _per_parameter(size: int, report: MemoryReport) -> str:
+    return f"{size / report.parameters:.2f}" if report.parameters else ""

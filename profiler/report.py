@@ -1,0 +1,245 @@
+"""MemoryReport: what the memory was used for at the peak. Bytes only; how they look is `render.py`'s matter."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .category import Category
+from .ledger import Ledger, replay
+from .recording import Recording, read_versioned
+
+REPORT_FORMAT = "lightning-mpt-memory-report"
+REPORT_VERSION = 1
+LARGEST_TENSORS = 50
+
+
+@dataclass(frozen=True)
+class PhasePeak:
+    """The highest moment of one phase. `categories` sums to `peak_bytes`."""
+
+    peak_bytes: int
+    categories: Mapping[Category, int]
+
+
+@dataclass(frozen=True)
+class TensorUse:
+    """A block that was alive at the peak. `shape` and `dtype` are None where no owner told of them."""
+
+    bytes: int
+    category: Category
+    module: str | None
+    shape: tuple[int, ...] | None
+    dtype: str | None
+
+
+@dataclass(frozen=True)
+class Duplicate:
+    """Values that `module` keeps in two precisions; `bytes` is the size of the smaller copy."""
+
+    module: str
+    shape: tuple[int, ...]
+    dtypes: tuple[str, str]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class TimelinePoint:
+    """What was live `time_ns` after the first counted step began. `categories` sums to `bytes`."""
+
+    time_ns: int
+    phase: str
+    bytes: int
+    categories: Mapping[Category, int]
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Where the memory went in the recorded training steps.
+
+    Attributes:
+        device: the device recorded, as `torch.device` writes it.
+        peak_bytes: the allocator's own peak of allocated bytes in these steps. On CPU, where the allocator keeps no
+            total, the peak of what was born while recording and of what has an owner.
+        reserved_bytes: what the caching allocator held from the device at its peak; None on CPU, where nothing is.
+        categories: bytes of every category at the peak. They sum to `peak_bytes`, exactly.
+        phases: `forward`, `backward`, `optimizer_step`: each with its own peak.
+        modules: module path -> category -> the module's own bytes at the peak, its children's not included.
+            `""` is the root. What has no place in a module (a gradient on its way through backward) is left out.
+        tensors: the largest blocks at the peak, largest first.
+        duplicates: values saved in two precisions.
+        timeline: the highest moments, in order of time.
+        parameters: number of scalar parameters, tied ones once.
+        steps: how many steps were counted.
+    """
+
+    device: str
+    peak_bytes: int
+    reserved_bytes: int | None
+    categories: Mapping[Category, int]
+    phases: Mapping[str, PhasePeak]
+    modules: Mapping[str, Mapping[Category, int]]
+    tensors: tuple[TensorUse, ...]
+    duplicates: tuple[Duplicate, ...]
+    timeline: tuple[TimelinePoint, ...]
+    parameters: int
+    steps: int
+
+    @classmethod
+    def from_recording(cls, recording: Recording) -> "MemoryReport":
+        """Replay a recording into a report."""
+        ledger = replay(recording)
+        own_peaks = [window.peak_bytes for window in recording.windows if window.peak_bytes is not None]
+        peak_bytes = max(own_peaks) if own_peaks else ledger.peak.bytes
+        categories = {category: ledger.peak.categories.get(category, 0) for category in Category}
+        # Where the replay and the allocator differ, the allocator is right, and the difference has no name.
+        categories[Category.UNATTRIBUTED] += peak_bytes - ledger.peak.bytes
+        began_ns = min((window.start_ns for window in recording.windows), default=0)
+        return cls(
+            device=recording.device,
+            peak_bytes=peak_bytes,
+            reserved_bytes=recording.reserved_bytes,
+            categories=categories,
+            phases={name: PhasePeak(peak.bytes, dict(peak.categories)) for name, peak in ledger.phases.items()},
+            modules=_modules(ledger),
+            tensors=_largest(ledger),
+            duplicates=(),
+            timeline=tuple(
+                TimelinePoint(at.time_ns - began_ns, at.phase, sum(at.categories.values()), at.categories)
+                for at in ledger.timeline
+            ),
+            parameters=recording.parameters,
+            steps=len(recording.windows),
+        )
+
+    @classmethod
+    def from_trace(cls, path: str | Path) -> "MemoryReport":
+        """Replay the events that `save_trace=path` kept. Raises ValueError where `path` holds something else."""
+        return cls.from_recording(Recording.load(path))
+
+    def save(self, path: str | Path) -> None:
+        """Write the report as JSON to `path`."""
+        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as `save` writes it: dictionaries, lists, strings and numbers."""
+        return {
+            "format": REPORT_FORMAT,
+            "version": REPORT_VERSION,
+            "device": self.device,
+            "parameters": self.parameters,
+            "steps": self.steps,
+            "peak_bytes": self.peak_bytes,
+            "reserved_bytes": self.reserved_bytes,
+            "categories": _keys(self.categories),
+            "phases": {
+                name: {"peak_bytes": phase.peak_bytes, "categories": _keys(phase.categories)}
+                for name, phase in self.phases.items()
+            },
+            "modules": {path: _keys(own) for path, own in self.modules.items()},
+            "tensors": [{**vars(tensor), "category": tensor.category.value} for tensor in self.tensors],
+            "duplicates": [vars(duplicate) for duplicate in self.duplicates],
+            "timeline": [{**vars(point), "categories": _keys(point.categories)} for point in self.timeline],
+        }
+
+    @classmethod
+    def load(cls, path: str | Path) -> "MemoryReport":
+        """Read what `save` wrote. Raises ValueError where `path` holds something else, or another version of it."""
+        content = read_versioned(path, REPORT_FORMAT, REPORT_VERSION, "a report that MemoryReport.save wrote")
+        return cls(
+            device=content["device"],
+            peak_bytes=content["peak_bytes"],
+            reserved_bytes=content["reserved_bytes"],
+            categories=_categories(content["categories"]),
+            phases={
+                name: PhasePeak(phase["peak_bytes"], _categories(phase["categories"]))
+                for name, phase in content["phases"].items()
+            },
+            modules={path: _categories(own) for path, own in content["modules"].items()},
+            tensors=tuple(
+                TensorUse(
+                    tensor["bytes"],
+                    Category(tensor["category"]),
+                    tensor["module"],
+                    None if tensor["shape"] is None else tuple(tensor["shape"]),
+                    tensor["dtype"],
+                )
+                for tensor in content["tensors"]
+            ),
+            duplicates=tuple(
+                Duplicate(double["module"], tuple(double["shape"]), tuple(double["dtypes"]), double["bytes"])
+                for double in content["duplicates"]
+            ),
+            timeline=tuple(
+                TimelinePoint(at["time_ns"], at["phase"], at["bytes"], _categories(at["categories"]))
+                for at in content["timeline"]
+            ),
+            parameters=content["parameters"],
+            steps=content["steps"],
+        )
+
+    def print(self) -> None:
+        """Print the table to the terminal."""
+        from .render import print_report
+
+        print_report(self)
+
+    def compare(self, *others: "MemoryReport", names: Iterable[str] = ()) -> "Comparison":
+        """This report as the base, beside `others`: what they save against it."""
+        return Comparison((self, *others), tuple(names))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Reports side by side; the first is the base that the others are measured by."""
+
+    reports: tuple[MemoryReport, ...]
+    names: tuple[str, ...] = ()
+
+    @property
+    def saved_bytes(self) -> tuple[int, ...]:
+        """The base's peak less each other's."""
+        return tuple(self.reports[0].peak_bytes - report.peak_bytes for report in self.reports[1:])
+
+    @property
+    def peak_ratios(self) -> tuple[float, ...]:
+        """Each other's peak by the base's."""
+        return tuple(report.peak_bytes / self.reports[0].peak_bytes for report in self.reports[1:])
+
+    def print(self) -> None:
+        """Print them side by side to the terminal."""
+        from .render import print_comparison
+
+        print_comparison(self)
+
+
+def _modules(ledger: Ledger) -> dict[str, dict[Category, int]]:
+    modules: dict[str, dict[Category, int]] = {}
+    for block in ledger.live_at_peak():
+        if block.module is not None:
+            own = modules.setdefault(block.module, {})
+            own[block.category] = own.get(block.category, 0) + block.requested_bytes
+    return dict(sorted(modules.items()))
+
+
+def _largest(ledger: Ledger) -> tuple[TensorUse, ...]:
+    blocks = sorted(ledger.live_at_peak(), key=lambda block: -block.requested_bytes)[:LARGEST_TENSORS]
+    return tuple(
+        TensorUse(
+            block.requested_bytes,
+            block.category,
+            block.module,
+            block.claim.shape if block.claim is not None else None,
+            block.claim.dtype if block.claim is not None else None,
+        )
+        for block in blocks
+    )
+
+
+def _keys(categories: Mapping[Category, int]) -> dict[str, int]:
+    return {category.value: size for category, size in categories.items()}
+
+
+def _categories(content: Mapping[str, int]) -> dict[Category, int]:
+    return {Category(name): size for name, size in content.items()}

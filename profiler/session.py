@@ -1,0 +1,110 @@
+"""One stretch of recorded steps, from switching on to a recording: the part that both recorders share."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .owners import Owners, now_ns
+from .recording import Recording, Window
+from .sources import Source, source_for
+
+
+class Session:
+    """Records steps one after another. Between `open_step` and `close_step` hooks are on; else none is.
+
+    `start` and `finish` (or `abort`) must be called in the same thread.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        optimizers: Iterable[torch.optim.Optimizer],
+        witnesses: Iterable[Any] = (),
+        device: torch.device | None = None,
+    ) -> None:
+        self.device = device if device is not None else device_of(module)
+        self._source: Source = source_for(self.device)
+        self._owners = Owners(module, optimizers, self.device, witnesses)
+        self._opened_ns: int | None = None
+        self._windows: list[Window] = []
+        self._reserved_bytes: int | None = None
+        self.active = False
+
+    def start(self) -> None:
+        self._source.start()
+        self.active = True
+
+    def open_step(self) -> None:
+        """A step begins."""
+        self._source.reset_peak()
+        self._opened_ns = now_ns()
+        try:
+            self._owners.install()
+        except BaseException:
+            self.abort()
+            raise
+
+    def claim_inputs(self, batch: Any) -> None:
+        if self._opened_ns is not None:
+            self._owners.claim_inputs(batch)
+
+    def close_step(self, *, counted: bool = True) -> None:
+        """The step is over. A step that is not counted has been followed only for what it leaves alive."""
+        opened_ns, self._opened_ns = self._opened_ns, None
+        if opened_ns is None:
+            return
+        self._owners.claim_lasting()
+        self._owners.remove()
+        if counted:
+            self._windows.append(Window(opened_ns, now_ns(), self._source.peak_bytes()))
+            self._reserved_bytes = self._source.reserved_bytes()
+
+    @property
+    def counted_steps(self) -> int:
+        return len(self._windows)
+
+    def finish(self) -> Recording:
+        """Switch off and give what was recorded."""
+        self.active = False
+        self._owners.remove()
+        start, events = self._source.stop()
+        owners = self._owners
+        return Recording(
+            device=str(self.device),
+            parameters=owners.parameter_count(),
+            start=start,
+            events=events,
+            claims=owners.claims,
+            phases=owners.phases,
+            modules=owners.modules,
+            gone=[] if self._source.lists_live_blocks else owners.gone,
+            windows=self._windows,
+            reserved_bytes=self._reserved_bytes,
+            claims_make_blocks=not self._source.lists_live_blocks,
+        )
+
+    def abort(self) -> None:
+        """Switch off and forget. Does nothing where nothing is on."""
+        if self.active:
+            self.active = False
+            self._opened_ns = None
+            try:
+                self._owners.remove()
+            finally:
+                self._source.abort()
+
+
+def device_of(module: torch.nn.Module) -> torch.device:
+    """Where the module's first parameter is, or its first buffer; the CPU for a module with neither."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def json_path(path: str | Path) -> Path:
+    """`path` with its folder made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path

@@ -1,0 +1,189 @@
+"""Where allocation events come from: the CPU allocator, the CUDA caching allocator.
+
+A source is started, stopped, and gives events in the one form that the ledger knows. What torch reports is turned into
+events by pure functions (`cuda_trace.py` for CUDA), which are tested on recorded and hand-made traces without a GPU.
+
+- CPU: `torch.profiler` with `profile_memory`. It reports every allocation and free of the default CPU allocator, with the
+  size asked for, in nanoseconds of the Unix clock; frees of blocks born before the recording are not reported, and there
+  is no list of what is alive.
+- CUDA: the caching allocator's history (`torch.cuda.memory._record_memory_history`) and its own statistics. A block counts
+  as allocated until its free is *requested*, as `torch.cuda.memory_allocated` counts it.
+"""
+
+import os
+import time
+from typing import Any, Protocol
+
+import torch
+
+from .cuda_trace import parse_segments, parse_trace
+from .recording import Event
+
+
+class Source(Protocol):
+    """Tells what an allocator did between `start` and `stop`."""
+
+    lists_live_blocks: bool
+    """Whether `live` knows every block; else only what has an owner is known of the time before the recording."""
+
+    def start(self) -> None: ...
+    def stop(self) -> tuple[list[Event], list[Event]]:
+        """End the recording: the blocks alive when it began, and the events since."""
+        ...
+
+    def abort(self) -> None:
+        """End the recording and forget it."""
+        ...
+
+    def reset_peak(self) -> None: ...
+    def peak_bytes(self) -> int | None:
+        """The allocator's own peak since `reset_peak`, in bytes. None where it keeps none."""
+        ...
+
+    def reserved_bytes(self) -> int | None: ...
+
+
+def source_for(device: torch.device) -> Source:
+    """The source of events for `device`. Raises ValueError for a device that has none."""
+    if device.type == "cpu":
+        return CPUSource()
+    if device.type == "cuda":
+        return CUDASource(device)
+    raise ValueError(
+        f"The memory of device {str(device)!r} cannot be recorded: only 'cpu' and 'cuda' tell of their allocations. "
+        "Leave the profiler out on this device."
+    )
+
+
+class CPUSource:
+    """Allocation events of `torch.profiler` on CPU."""
+
+    lists_live_blocks = False
+
+    def __init__(self) -> None:
+        self._profile: torch.profiler.profile | None = None
+
+    def start(self) -> None:
+        if torch._C._autograd._profiler_enabled():
+            raise RuntimeError(
+                "torch.profiler is recording already, and CPU memory is recorded through it: two recordings cannot run at "
+                "once. Stop the other one (Trainer(profiler='pytorch'), torch.profiler.profile) for these steps."
+            )
+        # Kineto of torch 2.13 writes a line to stderr whenever a profile starts or stops, through a progress bar. It
+        # reads this variable once, when the first profile of the process starts.
+        quiet = "KINETO_LOG_LEVEL" not in os.environ
+        if quiet:
+            os.environ["KINETO_LOG_LEVEL"] = "99"
+        try:
+            profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+            profile.start()
+        finally:
+            if quiet:
+                del os.environ["KINETO_LOG_LEVEL"]
+        self._profile = profile
+
+    def stop(self) -> tuple[list[Event], list[Event]]:
+        profile, self._profile = self._profile, None
+        if profile is None:
+            return [], []
+        profile.stop()
+        assert profile.profiler is not None
+        assert profile.profiler.kineto_results is not None
+        return [], cpu_events(profile.profiler.kineto_results.experimental_event_tree())
+
+    def abort(self) -> None:
+        profile, self._profile = self._profile, None
+        if profile is not None:
+            profile.stop()
+
+    def reset_peak(self) -> None: ...
+
+    def peak_bytes(self) -> int | None:
+        return None
+
+    def reserved_bytes(self) -> int | None:
+        return None
+
+
+def cpu_events(tree: list[Any]) -> list[Event]:
+    """The allocations and frees in torch.profiler's event tree, in order of time."""
+    events = []
+    pending = list(tree)
+    while pending:
+        node = pending.pop()
+        pending += node.children
+        if node.tag.name == "Allocation":
+            fields = node.extra_fields
+            if fields.device.type == "cpu" and fields.ptr:
+                size = fields.alloc_size
+                events.append(Event(node.start_time_ns, fields.ptr, size, size))
+    events.sort(key=lambda event: event.time_ns)
+    return events
+
+
+class CUDASource:
+    """The history and statistics of the CUDA caching allocator.
+
+    Where someone else is recording the history already, it is read and left running.
+    """
+
+    lists_live_blocks = True
+    max_entries = 2_000_000
+
+    def __init__(self, device: torch.device) -> None:
+        backend = torch.cuda.memory.get_allocator_backend()
+        if backend != "native":
+            raise ValueError(
+                f"The CUDA allocator is {backend!r}, which keeps no history of its allocations. "
+                "Use the native one: leave `backend:` out of PYTORCH_CUDA_ALLOC_CONF."
+            )
+        self._device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
+        self._segments: list[dict[str, Any]] = []
+        self._started = False
+        self._was_on = False
+        self._since_ns = 0
+
+    def start(self) -> None:
+        self._was_on = torch._C._cuda_isHistoryEnabled()
+        if not self._was_on:
+            # context=None: stacks are of no use here and would cost microseconds an allocation.
+            torch.cuda.memory._record_memory_history(
+                "all", context=None, max_entries=self.max_entries, clear_history=True
+            )
+        self._started = True
+        # After switching on, so that nothing falls between.
+        self._segments = self._snapshot()["segments"]
+        self._since_ns = time.time_ns()
+
+    def stop(self) -> tuple[list[Event], list[Event]]:
+        if not self._started:
+            return [], []
+        try:
+            snapshot = self._snapshot()
+        finally:
+            self.abort()
+        trace = snapshot["device_traces"][self._device.index]
+        start = parse_segments(self._segments)
+        events = parse_trace(trace, self._segments, snapshot.get("allocator_settings", {}), self._since_ns)
+        self._segments = []
+        return start, events
+
+    def abort(self) -> None:
+        if self._started and not self._was_on:
+            torch.cuda.memory._record_memory_history(None)
+        self._started = False
+
+    def reset_peak(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+    def peak_bytes(self) -> int | None:
+        return int(torch.cuda.memory_stats(self._device)["allocated_bytes.all.peak"])
+
+    def reserved_bytes(self) -> int | None:
+        return int(torch.cuda.memory_stats(self._device)["reserved_bytes.all.peak"])
+
+    def _snapshot(self) -> dict[str, Any]:
+        snapshot = torch.cuda.memory._snapshot()
+        # _snapshot ignores its device argument and gives the segments of all devices.
+        snapshot["segments"] = [s for s in snapshot["segments"] if s["device"] == self._device.index]
+        return snapshot
