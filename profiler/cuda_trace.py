@@ -3,7 +3,7 @@
 The history gives the *requested* size of every allocation, while `allocated_bytes` counts blocks, and a freed block's
 size is in no snapshot. So the blocks are followed as the allocator cuts them (c10/cuda/CUDACachingAllocator.cpp:
 `round_size`, `should_split`, `free_block`): requests are rounded up to 512 bytes; a free block that is larger is split,
-unless it is in the large pool and would leave 1 MiB or less, when the whole of it is handed out; freed neighbours merge.
+unless it is in the large pool and would leave 1 MiB or less, when all of it is handed out; freed neighbours merge.
 
 Two kinds of free: `free_requested`, when the tensor dies, after which `allocated_bytes` no longer counts the block; and
 `free_completed`, when other streams are done with it and it can be handed out again.

@@ -8,7 +8,7 @@ sorting them.
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from operator import itemgetter
 
@@ -20,9 +20,6 @@ BACKWARD = "backward"
 OPTIMIZER_STEP = "optimizer_step"
 OUTSIDE = ""
 """The phase between steps: what happens there is followed, but belongs to no step and to no peak."""
-
-CLOCK_TOLERANCE_NS = 2_000
-"""The CUDA allocator stamps its history in whole microseconds; claims are stamped in nanoseconds."""
 
 _NEVER = 1 << 63
 _OLDER_ONLY = -1
@@ -124,7 +121,7 @@ def _assign(recording: Recording, blocks: list[Block], events: list[Event], phas
         lives.setdefault(block.address, []).append(block)
 
     for claim in sorted(recording.claims, key=itemgetter(0)):
-        owned = _alive(lives.get(claim.address, ()), claim.time_ns)
+        owned = _alive(lives.get(claim.address, []), claim.time_ns, recording.clock_error_ns)
         if owned is None:
             if not recording.claims_make_blocks:
                 continue
@@ -154,15 +151,14 @@ def _assign(recording: Recording, blocks: list[Block], events: list[Event], phas
                 block.category = Category.TEMPORARIES
 
 
-def _alive(lives: Iterable[Block], time_ns: int) -> Block | None:
+def _alive(blocks: list[Block], time_ns: int, error_ns: int) -> Block | None:
     """The block alive at `time_ns`, of those that lived at one address in turn."""
-    blocks = list(lives) if not isinstance(lives, list) else lives
     at = bisect_right(blocks, time_ns, key=lambda block: block.born_ns if block.born >= 0 else -_NEVER) - 1
-    if at >= 0 and blocks[at].freed_ns >= time_ns:
+    if at >= 0 and blocks[at].freed_ns > time_ns:
         return blocks[at]
-    if at + 1 < len(blocks) and blocks[at + 1].born_ns <= time_ns + CLOCK_TOLERANCE_NS:
+    if at + 1 < len(blocks) and blocks[at + 1].born_ns <= time_ns + error_ns:
         return blocks[at + 1]
-    if at >= 0 and blocks[at].freed_ns >= time_ns - CLOCK_TOLERANCE_NS:
+    if at >= 0 and blocks[at].freed_ns > time_ns - error_ns:
         return blocks[at]
     return None
 

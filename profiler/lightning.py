@@ -20,6 +20,7 @@ from .session import Session, json_path
 
 _FETCH = ".train_dataloader_next"
 _BATCH = "run_training_batch"
+_BACKWARD = ".backward"
 _VALIDATION = ".on_validation_start"
 
 
@@ -90,8 +91,15 @@ class MemoryProfiler(Profiler):
             return
         if action_name.endswith(_FETCH):
             self._begin_step()
-        elif action_name.endswith(_VALIDATION) and self._session is not None:
-            self._pause()
+        elif self._session is None:
+            return
+        elif action_name.endswith(_BACKWARD) and action_name.startswith("[Strategy]"):
+            self._session.begin_backward()
+        elif action_name.endswith(_VALIDATION):
+            # A validation epoch can be long, and every event of it would be kept. What was counted is enough; where
+            # nothing has, the next training step begins anew.
+            self._finish()
+            self._done = self._report is not None
 
     @override
     def stop(self, action_name: str) -> None:
@@ -151,13 +159,13 @@ class MemoryProfiler(Profiler):
             )
             session.start()
             self._session = session
-            trainer.callbacks.append(self._callback)
-        self._session.open_step()
+            _callbacks(trainer).append(self._callback)
+        self._session.open_step(counted=self._passed >= self.warmup_steps)
 
     def _end_step(self) -> None:
         assert self._session is not None
         self._passed += 1
-        self._session.close_step(counted=self._passed > self.warmup_steps)
+        self._session.close_step()
         if self._session.counted_steps == self.steps:
             self._finish()
 
@@ -186,7 +194,7 @@ class MemoryProfiler(Profiler):
 
     def _remove_callback(self) -> None:
         assert self._lightning_module is not None
-        callbacks = self._lightning_module.trainer.callbacks
+        callbacks = _callbacks(self._lightning_module.trainer)
         if self._callback in callbacks:
             callbacks.remove(self._callback)
 
@@ -195,6 +203,10 @@ class MemoryProfiler(Profiler):
         folder = self.dirpath or self._lightning_module.trainer.default_root_dir
         rank = f"-{self._local_rank}" if self._local_rank else ""
         return Path(folder) / f"{self.filename or 'memory_report'}{rank}.json"
+
+
+def _callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined]  # set by the Trainer's callback connector
 
 
 class _BatchWitness(pl.Callback):

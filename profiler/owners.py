@@ -16,7 +16,7 @@ An owner that knows more has a method `memory_categories()`: an optimizer, or an
 
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -52,9 +52,10 @@ class Owners:
         self._device = device
         self._handles: list[Any] = []
         self._saved_hooks: torch.autograd.graph.saved_tensors_hooks | None = None
-        self._running: list[str] = []
+        self._running: list[_Run] = []
         self._phase = OUTSIDE
         self._fresh = False  # no module has run in this phase yet: what the first is given is the batch
+        self._told = False  # the autograd engine was asked to say when it is done
         self._watched: dict[int, StorageWeakRef] = {}
         self.claims: list[Claim] = []
         self.phases: list[Mark] = []
@@ -63,11 +64,15 @@ class Owners:
 
     # -- a step begins and ends ---------------------------------------------------------------------------------
 
-    def install(self) -> None:
-        """Put the hooks on. A step begins: its phase is `forward`."""
+    def begin_step(self) -> None:
+        """A step begins; its first phase is `forward`."""
         self._name_parameters()
         self.claim_lasting()
+        self._told = False
         self._enter(FORWARD)
+
+    def install(self) -> None:
+        """Put the hooks on."""
         # The innermost saved-tensor hooks alone apply, so these must be the outermost: a user's own, or a
         # checkpoint's, stay in force within.
         self._saved_hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
@@ -82,16 +87,23 @@ class Owners:
                 parameter._post_accumulate_grad_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
                 self._handles.append(handle)
 
+    def end_step(self) -> None:
+        """The step is over: what follows is between steps."""
+        self.claim_lasting()
+        self.remove()
+        self._enter(OUTSIDE)
+
     def remove(self) -> None:
-        """Take everything off again; the time after this is between steps."""
+        """Take all hooks off again. Does nothing where none is on."""
+        while self._running:
+            joined = self._running.pop().joined
+            if joined is not None:
+                joined.__exit__()
         if self._saved_hooks is not None:
             self._saved_hooks.__exit__()
             self._saved_hooks = None
         while self._handles:
             self._handles.pop().remove()
-        self._running.clear()
-        if self._phase != OUTSIDE:
-            self._enter(OUTSIDE)
 
     # -- claims -------------------------------------------------------------------------------------------------
 
@@ -169,20 +181,32 @@ class Owners:
 
     # -- phases and modules -------------------------------------------------------------------------------------
 
-    def _enter(self, phase: str) -> None:
+    def _enter(self, phase: str, time_ns: int | None = None) -> None:
         self._look_for_gone()
         self._phase = phase
         self._fresh = phase == FORWARD
-        self.phases.append(Mark(now_ns(), phase))
+        self.phases.append(Mark(now_ns() if time_ns is None else time_ns, phase))
 
-    def _enter_backward(self) -> None:
+    def begin_backward(self) -> None:
+        """Backward begins now."""
+        self._enter(BACKWARD)
+        self.modules.append(Mark(now_ns(), None))
+
+    def _in_backward(self) -> None:
+        """Something happened that happens in backward only."""
         if self._phase != BACKWARD:
-            self._enter(BACKWARD)
-            self.modules.append(Mark(now_ns(), None))
-            if in_backward():
-                torch.autograd.Variable._execution_engine.queue_callback(self._leave_backward)
+            # The first sign of backward comes a little late: the gradient of a mean is made before anything saved is
+            # looked at. The last sign of forward came before, so that is where the line is drawn.
+            signs: list[Mark | Claim] = [self.phases[-1], *self.modules[-1:], *self.claims[-1:]]
+            last = max(sign.time_ns for sign in signs)
+            self._enter(BACKWARD, last + 1)
+            self.modules.append(Mark(last + 1, None))
+        if in_backward() and not self._told:
+            torch.autograd.Variable._execution_engine.queue_callback(self._leave_backward)
+            self._told = True
 
     def _leave_backward(self) -> None:
+        self._told = False
         if self._phase == BACKWARD:
             self._enter(OPTIMIZER_STEP)
 
@@ -195,7 +219,7 @@ class Owners:
             if self._fresh and not in_backward():
                 self._fresh = False
                 self.claim_inputs((args, kwargs))
-            self._running.append(path)
+            self._running.append(_Run(path, self._join_recomputation()))
             self.modules.append(Mark(now_ns(), path))
 
         return enter
@@ -205,19 +229,24 @@ class Owners:
             if torch.compiler.is_compiling():
                 return
             if self._running:
-                self._running.pop()
-            self.modules.append(Mark(now_ns(), self._running[-1] if self._running else None))
+                joined = self._running.pop().joined
+                if joined is not None:
+                    joined.__exit__()
+            self.modules.append(Mark(now_ns(), self._module_running()))
 
         return leave
+
+    def _module_running(self) -> str | None:
+        return self._running[-1].path if self._running else None
 
     # -- what autograd does -------------------------------------------------------------------------------------
 
     def _pack(self, tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
-        self.claim(Category.ACTIVATIONS, tensor, self._running[-1] if self._running else None)
+        self.claim(Category.ACTIVATIONS, tensor, self._module_running())
         return tensor, _version(tensor)
 
     def _unpack(self, packed: tuple[torch.Tensor, int]) -> torch.Tensor:
-        self._enter_backward()
+        self._in_backward()
         tensor, version = packed
         # Autograd leaves this check out where there are hooks.
         if _version(tensor) != version:
@@ -228,10 +257,38 @@ class Owners:
             )
         return tensor
 
+    def _join_recomputation(self) -> torch.autograd.graph.saved_tensors_hooks | None:
+        """Where a checkpoint runs its modules again, see what it saves.
+
+        `torch.utils.checkpoint` puts its own saved-tensor hooks over these: at first ones that save nothing, and in
+        backward ones that keep what is computed again.
+        """
+        if not in_backward():
+            return None
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        if hooks is None or not getattr(hooks[0], "__qualname__", "").startswith("_recomputation_hook."):
+            return None
+        keep, give = hooks
+
+        def pack(tensor: torch.Tensor) -> Any:
+            self.claim(Category.ACTIVATIONS, tensor, self._module_running())
+            return keep(tensor)
+
+        joined = torch.autograd.graph.saved_tensors_hooks(pack, give)
+        joined.__enter__()
+        return joined
+
     def _gradient(self, parameter: torch.Tensor) -> None:
-        self._enter_backward()
+        self._in_backward()
         if parameter.grad is not None:
             self.claim(Category.GRADIENTS, parameter.grad, self._paths.get(parameter))  # type: ignore[call-overload]
+
+
+class _Run(NamedTuple):
+    """A module that is running, and the saved-tensor hooks that were put on for it."""
+
+    path: str
+    joined: torch.autograd.graph.saved_tensors_hooks | None
 
 
 def in_backward() -> bool:

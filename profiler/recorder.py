@@ -68,8 +68,8 @@ class MemoryRecorder:
         """The report, once the counted steps are over. Raises RuntimeError before, and where none was counted."""
         if self._report is None:
             raise RuntimeError(
-                f"There is no memory report: {self._passed} steps ended (MemoryRecorder.step() says when), and a report "
-                f"needs more than warmup_steps={self._warmup_steps} and the end of the `with` block."
+                f"There is no memory report: {self._passed} steps ended (MemoryRecorder.step() says when), and a "
+                f"report needs more than warmup_steps={self._warmup_steps} and the end of the `with` block."
             )
         return self._report
 
@@ -83,7 +83,7 @@ class MemoryRecorder:
         session = self._session
         self._passed += 1
         if session is not None:
-            session.close_step(counted=self._passed > self._warmup_steps)
+            session.close_step()
             if session.counted_steps == self._steps:
                 self._finish()
                 return
@@ -110,7 +110,7 @@ class MemoryRecorder:
                 return
             self._session = Session(self._module, self._optimizers, self._witnesses)
             self._session.start()
-        self._session.open_step()
+        self._session.open_step(counted=self._passed >= self._warmup_steps)
 
     def _finish(self) -> None:
         session, self._session = self._session, None

@@ -1,7 +1,8 @@
 """What was seen while recording: pure data, no torch.
 
-A recording is what the sources and the owners saw, in the order of one clock (nanoseconds of the Unix clock, the clock of
-`time.time_ns`, of `torch.profiler` and of the CUDA allocator's history). It can be kept as JSON and replayed elsewhere.
+A recording is what the sources and the owners saw, in the order of one clock (nanoseconds of the Unix clock, which is
+the clock of `time.time_ns`, of `torch.profiler` and of the CUDA allocator's history). It can be kept as JSON and
+replayed elsewhere.
 """
 
 import json
@@ -30,7 +31,7 @@ class Event(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """Someone owned the storage at `address` at `time_ns`: so the block alive there and then is theirs, all its life."""
+    """Someone owned the storage at `address` at `time_ns`: so the block alive there and then is theirs for life."""
 
     time_ns: int
     address: int
@@ -82,6 +83,8 @@ class Recording:
     gone: list[Gone] = field(default_factory=list)
     windows: list[Window] = field(default_factory=list)
     reserved_bytes: int | None = None
+    clock_error_ns: int = 0
+    """By how much the times of events may be off against those of claims and marks."""
     claims_make_blocks: bool = False
     """True where the source cannot list what is alive (CPU): then a claim without a block stands for a block."""
 
@@ -108,6 +111,7 @@ class Recording:
             gone=[Gone(*row) for row in content["gone"]],
             windows=[Window(*row) for row in content["windows"]],
             reserved_bytes=content["reserved_bytes"],
+            clock_error_ns=content["clock_error_ns"],
             claims_make_blocks=content["claims_make_blocks"],
         )
 
@@ -123,8 +127,8 @@ def read_versioned(path: str | Path, format_name: str, version: int, what: str) 
         raise ValueError(f"{path} holds {found!r}, not {format_name!r}; expected {what}.")
     if content.get("version") != version:
         raise ValueError(
-            f"{path} has version {content.get('version')!r} of {format_name}, and this package reads version {version}: "
-            "read it with the version of lightning-mpt that wrote it."
+            f"{path} has version {content.get('version')!r} of {format_name}, and this package reads version "
+            f"{version}: read it with the version of lightning-mpt that wrote it."
         )
     return content
 

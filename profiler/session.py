@@ -28,6 +28,7 @@ class Session:
         self._source: Source = source_for(self.device)
         self._owners = Owners(module, optimizers, self.device, witnesses)
         self._opened_ns: int | None = None
+        self._counted = True
         self._windows: list[Window] = []
         self._reserved_bytes: int | None = None
         self.active = False
@@ -36,30 +37,39 @@ class Session:
         self._source.start()
         self.active = True
 
-    def open_step(self) -> None:
-        """A step begins."""
+    def open_step(self, *, counted: bool = True) -> None:
+        """A step begins. One that is not counted is followed only for what it leaves alive, without any hooks."""
         self._source.reset_peak()
         self._opened_ns = now_ns()
+        self._counted = counted
         try:
-            self._owners.install()
+            self._owners.begin_step()
+            if counted:
+                self._owners.install()
         except BaseException:
             self.abort()
             raise
+
+    def begin_backward(self) -> None:
+        """Backward begins now. Without this call it is seen from what autograd does."""
+        if self._opened_ns is not None:
+            self._owners.begin_backward()
 
     def claim_inputs(self, batch: Any) -> None:
         if self._opened_ns is not None:
             self._owners.claim_inputs(batch)
 
-    def close_step(self, *, counted: bool = True) -> None:
-        """The step is over. A step that is not counted has been followed only for what it leaves alive."""
+    def close_step(self) -> None:
+        """The step is over. Does nothing where none is open."""
         opened_ns, self._opened_ns = self._opened_ns, None
         if opened_ns is None:
             return
-        self._owners.claim_lasting()
-        self._owners.remove()
-        if counted:
-            self._windows.append(Window(opened_ns, now_ns(), self._source.peak_bytes()))
-            self._reserved_bytes = self._source.reserved_bytes()
+        peak_bytes, reserved_bytes = self._source.peak_bytes(), self._source.reserved_bytes()
+        closed_ns = now_ns()
+        self._owners.end_step()
+        if self._counted:
+            self._windows.append(Window(opened_ns, closed_ns, peak_bytes))
+            self._reserved_bytes = max(filter(None, (self._reserved_bytes, reserved_bytes)), default=None)
 
     @property
     def counted_steps(self) -> int:
@@ -82,6 +92,7 @@ class Session:
             gone=[] if self._source.lists_live_blocks else owners.gone,
             windows=self._windows,
             reserved_bytes=self._reserved_bytes,
+            clock_error_ns=self._source.clock_error_ns,
             claims_make_blocks=not self._source.lists_live_blocks,
         )
 

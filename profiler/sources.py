@@ -3,11 +3,11 @@
 A source is started, stopped, and gives events in the one form that the ledger knows. What torch reports is turned into
 events by pure functions (`cuda_trace.py` for CUDA), which are tested on recorded and hand-made traces without a GPU.
 
-- CPU: `torch.profiler` with `profile_memory`. It reports every allocation and free of the default CPU allocator, with the
-  size asked for, in nanoseconds of the Unix clock; frees of blocks born before the recording are not reported, and there
-  is no list of what is alive.
-- CUDA: the caching allocator's history (`torch.cuda.memory._record_memory_history`) and its own statistics. A block counts
-  as allocated until its free is *requested*, as `torch.cuda.memory_allocated` counts it.
+- CPU: `torch.profiler` with `profile_memory`. It reports every allocation and free of the default CPU allocator, with
+  the size asked for, in nanoseconds of the Unix clock; frees of blocks born before the recording are not reported, and
+  there is no list of what is alive.
+- CUDA: the caching allocator's history (`torch.cuda.memory._record_memory_history`) and its own statistics. A block
+  counts as allocated until its free is *requested*, as `torch.cuda.memory_allocated` counts it.
 """
 
 import os
@@ -25,6 +25,9 @@ class Source(Protocol):
 
     lists_live_blocks: bool
     """Whether `live` knows every block; else only what has an owner is known of the time before the recording."""
+
+    clock_error_ns: int
+    """By how much the times of events may be off against `time.time_ns`."""
 
     def start(self) -> None: ...
     def stop(self) -> tuple[list[Event], list[Event]]:
@@ -59,6 +62,7 @@ class CPUSource:
     """Allocation events of `torch.profiler` on CPU."""
 
     lists_live_blocks = False
+    clock_error_ns = 0  # measured: an allocation always falls between time_ns() before it and after it
 
     def __init__(self) -> None:
         self._profile: torch.profiler.profile | None = None
@@ -66,8 +70,8 @@ class CPUSource:
     def start(self) -> None:
         if torch._C._autograd._profiler_enabled():
             raise RuntimeError(
-                "torch.profiler is recording already, and CPU memory is recorded through it: two recordings cannot run at "
-                "once. Stop the other one (Trainer(profiler='pytorch'), torch.profiler.profile) for these steps."
+                "torch.profiler is recording already, and CPU memory is recorded through it: two recordings cannot "
+                "run at once. Stop the other one (Trainer(profiler='pytorch'), torch.profiler.profile) for these steps."
             )
         # Kineto of torch 2.13 writes a line to stderr whenever a profile starts or stops, through a progress bar. It
         # reads this variable once, when the first profile of the process starts.
@@ -128,6 +132,7 @@ class CUDASource:
     """
 
     lists_live_blocks = True
+    clock_error_ns = 2_000  # the history is stamped in whole microseconds
     max_entries = 2_000_000
 
     def __init__(self, device: torch.device) -> None:
