@@ -60,7 +60,7 @@ def train(precision: str, length: str) -> dict[str, Any]:
     batch_size, seq_len = (8, 1024) if length == "long" else (4, 128)
     module = GPTModule("small", vocab_size=50304, seq_len=1024, lr=3e-4, steps=STEPS, warmup_steps=5)
     data = ByteText(seq_len=seq_len, batch_size=batch_size, steps=STEPS)
-    clock, profiler = StepClock(), MemoryProfiler(warmup_steps=2, steps=3)
+    clock, profiler = StepClock(), MemoryProfiler(tempfile.mkdtemp(), warmup_steps=2, steps=3)
     trainer = L.Trainer(
         accelerator="cuda",
         devices=1,
@@ -163,7 +163,7 @@ def trace() -> dict[str, Any]:
     L.seed_everything(0, verbose=False)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
-        profiler = MemoryProfiler(warmup_steps=2, steps=1, save_trace=path)
+        profiler = MemoryProfiler(folder, warmup_steps=2, steps=1, save_trace=path)
         trainer = L.Trainer(
             accelerator="cuda",
             devices=1,

@@ -10,6 +10,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,7 +87,7 @@ def measure(precision: str, case: Case) -> dict[str, Any]:
     L.seed_everything(0, verbose=False)
     module = GPT2(case)
     tokens = torch.randint(case.vocab_size, (5 * case.batch_size, case.seq_len))
-    profiler = MemoryProfiler(warmup_steps=2, steps=2)
+    profiler = MemoryProfiler(tempfile.mkdtemp(), warmup_steps=2, steps=2)
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=1,

@@ -36,6 +36,8 @@ from lightning_mpt.profiler import MemoryProfiler
 
 PRECISIONS = ("mpt-16-true", "mpt-bf16-true", "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true")
 """What `--precision` takes: two of ours, then Lightning's own."""
+OURS = ("loss_scale", "master_weights", "optimizer_state")
+"""The options that go to `MasterWeightPrecision`."""
 
 
 @dataclass(frozen=True)
@@ -260,9 +262,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, help="default: tiny on CPU, small on a GPU")
     parser.add_argument("--steps", type=int, help="default: 400 on CPU, 1000 on a GPU")
     parser.add_argument("--precision", choices=PRECISIONS, help="default: mpt-bf16-true on CPU, mpt-16-true on a GPU")
-    parser.add_argument("--loss-scale", type=parse_loss_scale, default="auto", help="auto, dynamic, none or a number")
-    parser.add_argument("--master-weights", default="split", help="float32 or split")
-    parser.add_argument("--optimizer-state", default="float32", help="how the moments are stored")
+    ours = parser.add_argument_group("for the mpt- precisions", argument_default=argparse.SUPPRESS)
+    ours.add_argument("--loss-scale", type=parse_loss_scale, help="auto (default), dynamic, none or a number")
+    ours.add_argument("--master-weights", help="split (default) or float32")
+    ours.add_argument("--optimizer-state", help="how the moments are stored (default: float32)")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--seq-len", type=int, help="default: 256 on CPU, 1024 on a GPU")
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -278,6 +281,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, value in defaults.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
+    given = {name: getattr(arguments, name) for name in OURS if hasattr(arguments, name)}
+    if given and not arguments.precision.startswith("mpt-"):
+        option = "--" + next(iter(given)).replace("_", "-")
+        parser.error(f"{option} is for the mpt- precisions and means nothing to {arguments.precision}: leave it out")
+    arguments.ours = given
     return arguments
 
 
@@ -296,7 +304,6 @@ def main(argv: Sequence[str] | None = None) -> float:
     data = ByteText(
         seq_len=arguments.seq_len, batch_size=arguments.batch_size, steps=arguments.steps, seed=arguments.seed
     )
-    ours = {key: getattr(arguments, key) for key in ("loss_scale", "master_weights", "optimizer_state")}
     trainer = L.Trainer(
         accelerator=arguments.accelerator,
         devices=1,
@@ -308,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> float:
         enable_checkpointing=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        **precision_arguments(arguments.precision, **ours),
+        **precision_arguments(arguments.precision, **arguments.ours),
     )
     trainer.fit(module, data)
     loss = trainer.callback_metrics["val_loss"].item()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ SMALLEST = ["--accelerator", "cpu", "--size", "nano", "--steps", "6", "--batch-s
 
 
 @pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    """Small tensors on many threads are slow, and other tests run beside these."""
+def _apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In a folder of its own, where the report is written; on few threads, since small tensors on many are slow."""
+    monkeypatch.chdir(tmp_path)
     before = torch.get_num_threads()
     torch.set_num_threads(min(2, before))
     yield
@@ -51,6 +53,12 @@ def test_a_loss_scale_that_is_none_is_refused_by_name(text: str, capsys: pytest.
     with pytest.raises(SystemExit):
         train_gpt.main(["--loss-scale", text])
     assert repr(text) in capsys.readouterr().err
+
+
+def test_an_option_of_ours_beside_another_precision_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train_gpt.main(["--precision", "32-true", "--master-weights", "float32"])
+    assert "--master-weights is for the mpt- precisions and means nothing to 32-true" in capsys.readouterr().err
 
 
 def test_text_is_split_by_file_and_the_same_every_time() -> None:
