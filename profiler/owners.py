@@ -82,10 +82,13 @@ class Owners:
             self._handles.append(module.register_forward_hook(self._leaver(), always_call=True))
         for parameter in self._paths:
             if parameter.requires_grad and parameter.is_leaf:
-                handle = parameter.register_post_accumulate_grad_hook(self._gradient)
-                # First of all: another hook may use the gradient up and free it.
-                parameter._post_accumulate_grad_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
-                self._handles.append(handle)
+                self._handles.append(parameter.register_post_accumulate_grad_hook(self._gradient))
+                # Another hook may use the gradient up and free it: those that were there go to the end. (Autograd reads
+                # the plain dictionary, so OrderedDict.move_to_end would change nothing.)
+                hooks = parameter._post_accumulate_grad_hooks
+                assert hooks is not None
+                for key in list(hooks)[:-1]:
+                    hooks[key] = hooks.pop(key)
 
     def end_step(self) -> None:
         """The step is over: what follows is between steps."""
