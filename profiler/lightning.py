@@ -50,8 +50,8 @@ class MemoryProfiler(Profiler):
         steps: int = 3,
         save_trace: str | Path | None = None,
     ) -> None:
+        super().__init__(dirpath=dirpath, filename=filename)  # before anything can fail: __del__ needs it
         check_steps(warmup_steps, steps)
-        super().__init__(dirpath=dirpath, filename=filename)
         self.warmup_steps = warmup_steps
         self.steps = steps
         self.save_trace = save_trace
