@@ -9,6 +9,8 @@ Two kinds of free: `free_requested`, when the tensor dies, after which `allocate
 `free_completed`, when other streams are done with it and it can be handed out again.
 """
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from .recording import Event
@@ -62,9 +64,37 @@ def parse_trace(
     return events
 
 
-def round_bytes(size: int) -> int:
-    """The block that the allocator looks for when asked for `size` bytes."""
+def round_bytes(size: int, divisions: dict[str, int] | None = None) -> int:
+    """The block that the allocator looks for when asked for `size` bytes.
+
+    Args:
+        size: bytes asked for.
+        divisions: the allocator's setting `roundup_power2_divisions`: by the power of two of MiB that a request reaches
+            (as text; smaller requests go by "1"), into how many steps the way to the next power of two is cut.
+    """
+    if divisions:
+        power = size.bit_length() - 1
+        parts = divisions.get(str(1 << max(power - 20, 0)), 0)
+        if parts > 1 and size > MIN_BLOCK_BYTES * parts and size != 1 << power:
+            step = (1 << power) >> (parts.bit_length() - 1)
+            return -(-size // step) * step
     return max(MIN_BLOCK_BYTES, -(-size // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES)
+
+
+def workspace_bytes(environment: Mapping[str, str]) -> list[int]:
+    """The sizes that the workspaces of cuBLAS and cuBLASLt may have: torch allocates them once and never frees them.
+
+    By default (aten/src/ATen/cuda/CublasHandlePool.cpp) 4096 KiB x 8 on Hopper and Blackwell, 4096 KiB x 2 + 16 KiB x 8
+    elsewhere; else what `CUBLAS_WORKSPACE_CONFIG` (":KIB:COUNT", repeated) and `CUBLASLT_WORKSPACE_SIZE` (KiB) say.
+    """
+    sizes = [4096 * 8 * 1024, (4096 * 2 + 16 * 8) * 1024]
+    config = environment.get("CUBLAS_WORKSPACE_CONFIG")
+    if config:
+        sizes = [sum(int(size) * int(count) * 1024 for size, count in re.findall(r":(\d+):(\d+)", config))]
+    lt = environment.get("CUBLASLT_WORKSPACE_SIZE", "")
+    if lt.isdigit():
+        sizes.append(int(lt) * 1024)
+    return [size for size in sizes if size > 0]
 
 
 def _blocks(segment: dict[str, Any]) -> list[dict[str, Any]]:
@@ -85,39 +115,37 @@ class _Layout:
         self._free_ends: dict[int, int] = {}  # end -> address
         self._taken: dict[int, int] = {}
         self._edges: set[int] = set()  # where segments meet: blocks of two segments never merge
-        self._expandable_bytes: list[tuple[int, int]] = []
-        max_split = settings.get("max_split_size", -1)
-        self._max_split = max_split if isinstance(max_split, int) and max_split > 0 else 1 << 62
-        self._expandable: set[int] = set()
+        self._divisions = settings.get("roundup_power2_divisions") or {}
+        self._expandable = bool(settings.get("expandable_segments", False))
+        limit = settings.get("max_split_size", -1)
+        self._max_split = limit if limit > 0 else 1 << 62
         for segment in segments:
-            start, end = segment["address"], segment["address"] + segment["total_size"]
-            expandable = bool(segment.get("is_expandable", False))
-            self._all_expandable = expandable
-            if not expandable:
-                self._edges |= {start, end}
+            if segment.get("is_expandable", False):
+                self._expandable = True
+            else:
+                self._edges |= {segment["address"], segment["address"] + segment["total_size"]}
             for block in _blocks(segment):
                 if block["state"] == "inactive":
                     self._add_free(block["address"], block["size"])
                 else:
                     self._taken[block["address"]] = block["size"]
-        self._splits_all = any(segment.get("is_expandable", False) for segment in segments)
 
     def allocate(self, address: int, requested: int) -> int:
-        rounded = round_bytes(requested)
-        found = self._free.get(address)
-        if found is None or found < rounded:  # not as we follow it: the least that it can be
+        """The size of the block that a request was given at `address`."""
+        rounded = round_bytes(requested, self._divisions)
+        found = self._free.get(address, 0)
+        if found < rounded:  # not where it should be, as far as is known: the least that it can be
             self._taken[address] = rounded
             return rounded
         self._drop_free(address)
         remaining = found - rounded
-        small_pool = rounded <= SMALL_BYTES
-        if small_pool or self._splits_all:
+        if rounded <= SMALL_BYTES or self._expandable:
             split = remaining >= MIN_BLOCK_BYTES
         else:
             split = rounded < self._max_split and remaining > SMALL_BYTES
         size = rounded if split else found
         if size < found:
-            self._add_free(address + size, found - size)
+            self._add_free(address + size, remaining)
         self._taken[address] = size
         return size
 
@@ -128,7 +156,7 @@ class _Layout:
 
     def add_segment(self, address: int, size: int, expandable: bool) -> None:
         if expandable:
-            self._splits_all = True
+            self._expandable = True
         else:
             self._edges |= {address, address + size}
         self._add_free(address, size)

@@ -147,7 +147,9 @@ def _assign(recording: Recording, blocks: list[Block], events: list[Event], phas
                     block.category = Category.INPUTS
         else:
             block.module = running
-            if block.born >= 0 and block.freed_phase == block.born_phase:
+            of_a_phase = block.born >= 0 and block.freed_phase == block.born_phase
+            workspace = block.freed == _NEVER and block.requested_bytes in recording.workspace_bytes
+            if of_a_phase or workspace:
                 block.category = Category.TEMPORARIES
 
 

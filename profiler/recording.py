@@ -83,6 +83,8 @@ class Recording:
     gone: list[Gone] = field(default_factory=list)
     windows: list[Window] = field(default_factory=list)
     reserved_bytes: int | None = None
+    workspace_bytes: list[int] = field(default_factory=list)
+    """Sizes of the workspaces that libraries allocate once and keep."""
     clock_error_ns: int = 0
     """By how much the times of events may be off against those of claims and marks."""
     claims_make_blocks: bool = False
@@ -111,6 +113,7 @@ class Recording:
             gone=[Gone(*row) for row in content["gone"]],
             windows=[Window(*row) for row in content["windows"]],
             reserved_bytes=content["reserved_bytes"],
+            workspace_bytes=content["workspace_bytes"],
             clock_error_ns=content["clock_error_ns"],
             claims_make_blocks=content["claims_make_blocks"],
         )
@@ -134,7 +137,7 @@ def read_versioned(path: str | Path, format_name: str, version: int, what: str) 
 
 
 def _plain(recording: Recording) -> dict[str, Any]:
-    def rows(items: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
-        return [list(item) for item in items]
+    def rows(items: Sequence[Any]) -> list[Any]:
+        return [list(item) if isinstance(item, tuple) else item for item in items]
 
     return {name: rows(value) if isinstance(value, list) else value for name, value in vars(recording).items()}

@@ -92,6 +92,7 @@ class Session:
             gone=[] if self._source.lists_live_blocks else owners.gone,
             windows=self._windows,
             reserved_bytes=self._reserved_bytes,
+            workspace_bytes=self._source.workspace_bytes,
             clock_error_ns=self._source.clock_error_ns,
             claims_make_blocks=not self._source.lists_live_blocks,
         )

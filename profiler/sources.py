@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from .cuda_trace import parse_segments, parse_trace
+from .cuda_trace import parse_segments, parse_trace, workspace_bytes
 from .recording import Event
 
 
@@ -28,6 +28,9 @@ class Source(Protocol):
 
     clock_error_ns: int
     """By how much the times of events may be off against `time.time_ns`."""
+
+    workspace_bytes: list[int]
+    """Sizes of the workspaces that libraries allocate from it once and keep."""
 
     def start(self) -> None: ...
     def stop(self) -> tuple[list[Event], list[Event]]:
@@ -65,6 +68,7 @@ class CPUSource:
     clock_error_ns = 0  # measured: an allocation always falls between time_ns() before it and after it
 
     def __init__(self) -> None:
+        self.workspace_bytes: list[int] = []
         self._profile: torch.profiler.profile | None = None
 
     def start(self) -> None:
@@ -143,6 +147,7 @@ class CUDASource:
                 "Use the native one: leave `backend:` out of PYTORCH_CUDA_ALLOC_CONF."
             )
         self._device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
+        self.workspace_bytes = workspace_bytes(os.environ)
         self._segments: list[dict[str, Any]] = []
         self._started = False
         self._was_on = False
@@ -157,14 +162,15 @@ class CUDASource:
             )
         self._started = True
         # After switching on, so that nothing falls between.
-        self._segments = self._snapshot()["segments"]
+        segments = torch.cuda.memory.memory_snapshot(include_traces=False)
+        self._segments = [segment for segment in segments if segment["device"] == self._device.index]
         self._since_ns = time.time_ns()
 
     def stop(self) -> tuple[list[Event], list[Event]]:
         if not self._started:
             return [], []
         try:
-            snapshot = self._snapshot()
+            snapshot = torch.cuda.memory._snapshot()
         finally:
             self.abort()
         trace = snapshot["device_traces"][self._device.index]
@@ -186,9 +192,3 @@ class CUDASource:
 
     def reserved_bytes(self) -> int | None:
         return int(torch.cuda.memory_stats(self._device)["reserved_bytes.all.peak"])
-
-    def _snapshot(self) -> dict[str, Any]:
-        snapshot = torch.cuda.memory._snapshot()
-        # _snapshot ignores its device argument and gives the segments of all devices.
-        snapshot["segments"] = [s for s in snapshot["segments"] if s["device"] == self._device.index]
-        return snapshot

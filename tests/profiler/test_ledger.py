@@ -187,6 +187,20 @@ def test_unclaimed_blocks_are_temporaries_only_within_one_phase() -> None:
     }
 
 
+def test_what_has_a_librarys_size_and_stays_is_its_workspace() -> None:
+    history = recording(
+        events=[(10, 2, 64), (20, 2, -64)],
+        start=[Event(0, 1, 64, 64), Event(0, 3, 63, 63)],
+        phases=[Mark(0, "forward"), Mark(15, "backward")],
+        workspace_bytes=[64],
+    )
+    assert categories_of(history) == {
+        1: Category.TEMPORARIES,
+        2: Category.UNATTRIBUTED,
+        3: Category.UNATTRIBUTED,
+    }
+
+
 def test_a_saved_tensor_older_than_the_first_module_is_an_input() -> None:
     history = recording(
         events=[(10, 1, 8), (60, 2, 8)],
