@@ -29,6 +29,13 @@ SHAPES: dict[str, dict[str, int]] = {
     "100M": {"width": 768, "layers": 12, "vocab_size": 50304},
     "1B": {"width": 2048, "layers": 18, "vocab_size": 50304},
 }
+DEVICE = "cuda"
+"""Said once: the tests put the CPU in its place, so that a slip here is not found on a rented GPU."""
+MODEL, VOCAB_SIZE = "small", 50304
+"""What the `train` pieces train: GPT-2 with 124 million parameters."""
+LENGTHS = {"long": (8, 1024), "short": (4, 128)}
+"""Batch size and tokens per sequence. Most of the memory is activations in the long case, the model in the short."""
+COPY, COPY_BYTES = "device copy of 1 GiB", 2**30
 STEPS = 25
 """Training steps of a `train` piece: two to warm up, three recorded, the others timed."""
 
@@ -51,18 +58,15 @@ class StepClock(L.Callback):
 
 
 def train(precision: str, length: str) -> dict[str, Any]:
-    """Train GPT-2 (124 million parameters): its peak by category, its step time and its losses.
-
-    `long`: 8 sequences of 1024 tokens, where activations are most of the memory. `short`: 4 of 128, where the model is.
-    """
+    """Train GPT-2: its peak by category, its step time and its losses."""
     quiet_lightning()
     L.seed_everything(0, verbose=False)
-    batch_size, seq_len = (8, 1024) if length == "long" else (4, 128)
-    module = GPTModule("small", vocab_size=50304, seq_len=1024, lr=3e-4, steps=STEPS, warmup_steps=5)
+    batch_size, seq_len = LENGTHS[length]
+    module = GPTModule(MODEL, vocab_size=VOCAB_SIZE, seq_len=1024, lr=3e-4, steps=STEPS, warmup_steps=5)
     data = ByteText(seq_len=seq_len, batch_size=batch_size, steps=STEPS)
     clock, profiler = StepClock(), MemoryProfiler(tempfile.mkdtemp(), warmup_steps=2, steps=3)
     trainer = L.Trainer(
-        accelerator="cuda",
+        accelerator=DEVICE,
         devices=1,
         max_epochs=1,
         gradient_clip_val=1.0,
@@ -102,9 +106,9 @@ def step(size: str) -> dict[str, Any]:
     """Time optimizer steps over `size` parameters: ours and torch's fused FP32 AdamW, with and without a GradScaler."""
     shapes = gpt_shapes(**SHAPES[size])
     count = sum(torch.Size(shape).numel() for shape in shapes)
-    source, target = (torch.empty(2**30, dtype=torch.uint8, device="cuda") for _ in range(2))
-    cases: dict[str, Callable[[], object]] = {"device copy of 1 GiB": lambda: target.copy_(source)}
-    moved = {"device copy of 1 GiB": 2 * source.numel()}
+    source, target = (torch.empty(COPY_BYTES, dtype=torch.uint8, device=DEVICE) for _ in range(2))
+    cases: dict[str, Callable[[], object]] = {COPY: lambda: target.copy_(source)}
+    moved = {COPY: 2 * source.numel()}
     left_out: dict[str, str] = {}
     syncs: dict[str, str] = {}
 
@@ -137,7 +141,7 @@ def step(size: str) -> dict[str, Any]:
         scaled=True,
     )
     timings = interleave(cases, rounds=20, warmup=3, clock=cuda_clock)
-    copy_rate = moved["device copy of 1 GiB"] / timings["device copy of 1 GiB"].median_s
+    copy_rate = moved[COPY] / timings[COPY].median_s
     found: dict[str, Any] = {"parameters": count, "tensors": len(shapes), "cases": {}, "left_out": left_out}
     for name, timing in timings.items():
         rate = moved[name] / timing.median_s
@@ -165,7 +169,7 @@ def trace() -> dict[str, Any]:
         path = Path(folder) / "trace.json"
         profiler = MemoryProfiler(folder, warmup_steps=2, steps=1, save_trace=path)
         trainer = L.Trainer(
-            accelerator="cuda",
+            accelerator=DEVICE,
             devices=1,
             max_epochs=1,
             profiler=profiler,
@@ -188,11 +192,11 @@ def trace() -> dict[str, Any]:
 
 def parameters(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[torch.nn.Parameter]:
     """Parameters with gradients, of ordinary magnitudes."""
-    generator = torch.Generator("cuda").manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
     made = []
     for shape in shapes:
-        parameter = torch.nn.Parameter((0.02 * torch.randn(shape, device="cuda", generator=generator)).to(dtype))
-        parameter.grad = (1e-3 * torch.randn(shape, device="cuda", generator=generator)).to(dtype)
+        parameter = torch.nn.Parameter((0.02 * torch.randn(shape, device=DEVICE, generator=generator)).to(dtype))
+        parameter.grad = (1e-3 * torch.randn(shape, device=DEVICE, generator=generator)).to(dtype)
         made.append(parameter)
     return made
 
@@ -202,8 +206,8 @@ def scaled_step(optimizer: torch.optim.Optimizer) -> Callable[[], object]:
 
     Not the scaler's `update`: it would let the scale drift between rounds, and is the same for both.
     """
-    scaler = torch.amp.GradScaler("cuda", init_scale=1.0)
-    scaler.scale(torch.ones((), device="cuda"))
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=1.0)
+    scaler.scale(torch.ones((), device=DEVICE))
 
     def call() -> None:
         scaler.step(optimizer)

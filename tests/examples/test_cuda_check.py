@@ -1,9 +1,16 @@
-"""The CUDA check on a machine without a GPU: it says so and does nothing."""
+"""The CUDA check on a machine without a GPU: it says so, and its pieces are tried on the CPU."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import cuda, cuda_pieces
+from benchmarks.common import wall_clock
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,3 +28,69 @@ def test_without_a_gpu_it_says_so_on_one_line_and_exits_2(tmp_path: Path) -> Non
     assert len(done.stderr.splitlines()) == 1
     assert "needs a CUDA device" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_piece_that_fails_hangs_or_finds_no_time_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_piece(name: str, limit_s: float) -> dict[str, Any]:
+        code = {"good": "pass", "bad": "print('broke'); raise SystemExit(3)", "hangs": "import time; time.sleep(60)"}
+        status, output = cuda.run_guarded([sys.executable, "-c", code[name]], limit_s)
+        if status == 0:
+            return {"summary": "found", "trace": "{}"}
+        return {"error": cuda.failure(status, limit_s), "output_tail": output}
+
+    here = {"command": "python -m benchmarks.cuda", "gpu": {"name": "A GPU"}}
+    pieces = [cuda.Piece("bad", 9.0), cuda.Piece("hangs", 5.0), cuda.Piece("good", 9.0), cuda.Piece("good", 1.0)]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(cuda, "environment", lambda *_: here)
+    monkeypatch.setattr(cuda, "plan", lambda: pieces)
+    monkeypatch.setattr(cuda, "run_piece", run_piece)
+    monkeypatch.setattr(cuda, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(cuda, "FIXTURES", tmp_path / "fixtures")
+
+    assert cuda.main(["--out", str(tmp_path / "out")]) == 1
+    (kept,) = (tmp_path / "results").iterdir()
+    found = json.loads(kept.read_text())
+    assert found["environment"] == here
+    assert found["pieces"]["bad"]["error"] == "ended with status 3"
+    assert found["pieces"]["bad"]["output_tail"] == "broke\n"
+    assert found["pieces"]["hangs"]["error"] == "ran past 5 s and was ended"
+    assert "the time for the whole check had run out" in found["pieces"]["good"]["error"]  # the second of that name
+    assert (tmp_path / "out" / kept.name).read_text() == kept.read_text()
+    for folder in ("fixtures", "out"):
+        assert (tmp_path / folder / "cuda_trace.json").read_text() == "{}"
+
+
+@pytest.fixture
+def _cpu_for_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The CPU in the GPU's place, and everything small."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in {
+        "DEVICE": "cpu",
+        "MODEL": "nano",
+        "VOCAB_SIZE": 256,
+        "LENGTHS": {"short": (2, 16)},
+        "STEPS": 12,
+        "COPY_BYTES": 2**20,
+        "SHAPES": {"10M": {"width": 16, "layers": 1}},
+        "cuda_clock": wall_clock,
+        "synchronizes": lambda call: "none",
+    }.items():
+        monkeypatch.setattr(cuda_pieces, name, value)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: 0)
+
+
+@pytest.mark.usefixtures("_cpu_for_cuda")
+@pytest.mark.parametrize("piece", ["train:32-true:short", "train:mpt-bf16-true:short", "step:10M", "trace"])
+def test_every_kind_of_piece_runs(piece: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cuda_pieces.main(piece, str(tmp_path / "answer.json"))
+    found = json.loads((tmp_path / "answer.json").read_text())
+    assert found["summary"]
+    assert found.get("error") is None
+    if piece.startswith("step"):
+        assert len(found["cases"]) == 8
+        assert all(case["median_s"] > 0 for case in found["cases"].values())
+    else:
+        assert sum(found["categories"].values()) == found["peak_bytes"]
