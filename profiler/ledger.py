@@ -147,10 +147,17 @@ def _assign(recording: Recording, blocks: list[Block], events: list[Event], phas
                     block.category = Category.INPUTS
         else:
             block.module = running
-            of_a_phase = block.born >= 0 and block.freed_phase == block.born_phase
             workspace = block.freed == _NEVER and block.requested_bytes in recording.workspace_bytes
-            if of_a_phase or workspace:
+            if workspace or _within_a_phase(block, phases):
                 block.category = Category.TEMPORARIES
+
+
+def _within_a_phase(block: Block, phases: list[Mark]) -> bool:
+    if block.born < 0 or block.freed_phase is None:
+        return False
+    since_ns = phases[block.freed_phase].since_ns if block.freed_phase >= 0 else None
+    late = since_ns is not None and block.born_ns >= since_ns
+    return block.freed_phase == block.born_phase or (late and block.freed_phase == block.born_phase + 1)
 
 
 def _alive(blocks: list[Block], time_ns: int, error_ns: int) -> Block | None:

@@ -184,11 +184,11 @@ class Owners:
 
     # -- phases and modules -------------------------------------------------------------------------------------
 
-    def _enter(self, phase: str, time_ns: int | None = None) -> None:
+    def _enter(self, phase: str, since_ns: int | None = None) -> None:
         self._look_for_gone()
         self._phase = phase
         self._fresh = phase == FORWARD
-        self.phases.append(Mark(now_ns() if time_ns is None else time_ns, phase))
+        self.phases.append(Mark(now_ns(), phase, since_ns))
 
     def begin_backward(self) -> None:
         """Backward begins now."""
@@ -199,11 +199,10 @@ class Owners:
         """Something happened that happens in backward only."""
         if self._phase != BACKWARD:
             # The first sign of backward comes a little late: the gradient of a mean is made before anything saved is
-            # looked at. The last sign of forward came before, so that is where the line is drawn.
+            # looked at. It began at some time since the last sign of forward.
             signs: list[Mark | Claim] = [self.phases[-1], *self.modules[-1:], *self.claims[-1:]]
-            last = max(sign.time_ns for sign in signs)
-            self._enter(BACKWARD, last + 1)
-            self.modules.append(Mark(last + 1, None))
+            self._enter(BACKWARD, since_ns=max(sign.time_ns for sign in signs))
+            self.modules.append(Mark(now_ns(), None))
         if in_backward() and not self._told:
             torch.autograd.Variable._execution_engine.queue_callback(self._leave_backward)
             self._told = True

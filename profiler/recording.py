@@ -45,11 +45,13 @@ class Claim(NamedTuple):
 class Mark(NamedTuple):
     """From `time_ns` on, `name` applies, until the next mark: a phase, or the path of the running module.
 
-    The root module's path is `""`; where no module runs, it is None.
+    The root module's path is `""`; where no module runs, it is None. A phase that was noticed late may have begun at
+    any time from `since_ns` on.
     """
 
     time_ns: int
     name: str | None
+    since_ns: int | None = None
 
 
 class Gone(NamedTuple):

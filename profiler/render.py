@@ -1,7 +1,5 @@
 """How a report looks: rich tables. The only place that knows GiB; it measures nothing."""
 
-from collections.abc import Sequence
-
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -42,7 +40,7 @@ def render_comparison(comparison: Comparison) -> RenderableType:
     for category in Category:
         sizes = [report.categories.get(category, 0) for report in reports]
         if any(sizes):
-            table.add_row(category.value, *map(format_bytes, sizes), style=_STYLES.get(category))
+            table.add_row(category.value, *map(_format_or_blank, sizes), style=_STYLES.get(category))
     table.add_section()
     table.add_row("peak", *(format_bytes(report.peak_bytes) for report in reports), style="bold")
     base = reports[0].peak_bytes
@@ -77,11 +75,7 @@ def _heading(report: MemoryReport) -> Text:
 
 
 def _category_table(report: MemoryReport) -> Table:
-    table = Table()
-    table.add_column("category", no_wrap=True)
-    table.add_column("memory", justify="right", no_wrap=True)
-    table.add_column("share", justify="right", no_wrap=True)
-    table.add_column("bytes/parameter", justify="right", overflow="fold")
+    table = _table("category", "memory", "share", "bytes per parameter")
     model = 0
     for category in Category:
         size = report.categories.get(category, 0)
@@ -90,28 +84,38 @@ def _category_table(report: MemoryReport) -> Table:
             model += size
             per_parameter = _per_parameter(size, report)
         if size:
-            table.add_row(
-                category.value, format_bytes(size), _share(size, report), per_parameter, style=_STYLES.get(category)
-            )
+            cells = (category.value, format_bytes(size), _share(size, report), per_parameter)
+            table.add_row(*cells, style=_STYLES.get(category))
     table.add_section()
     table.add_row("peak", format_bytes(report.peak_bytes), _share(report.peak_bytes, report), "", style="bold")
     if report.parameters:
-        table.add_row(
-            "of it model state", format_bytes(model), _share(model, report), _per_parameter(model, report), style="dim"
-        )
+        cells = ("model state of it", format_bytes(model), _share(model, report), _per_parameter(model, report))
+        table.add_row(*cells, style="dim")
     return table
 
 
 def _phase_table(report: MemoryReport) -> Table:
-    table = Table()
-    table.add_column("phase", no_wrap=True)
-    table.add_column("its own peak", justify="right", no_wrap=True)
-    table.add_column("made of", overflow="fold")
-    for name, phase in report.phases.items():
-        largest: Sequence[tuple[Category, int]] = sorted(phase.categories.items(), key=lambda item: -item[1])[:3]
-        made_of = ", ".join(f"{category.value} {format_bytes(size)}" for category, size in largest if size)
-        table.add_row(name, format_bytes(phase.peak_bytes), made_of)
+    table = _table("phase peaks", *(name.replace("_", " ") for name in report.phases))
+    phases = report.phases.values()
+    for category in Category:
+        sizes = [phase.categories.get(category, 0) for phase in phases]
+        if any(sizes):
+            table.add_row(category.value, *map(_format_or_blank, sizes), style=_STYLES.get(category))
+    table.add_section()
+    table.add_row("peak", *(format_bytes(phase.peak_bytes) for phase in phases), style="bold")
     return table
+
+
+def _table(first: str, *rest: str) -> Table:
+    table = Table()
+    table.add_column(first, no_wrap=True)
+    for heading in rest:
+        table.add_column(heading, justify="right", min_width=9)
+    return table
+
+
+def _format_or_blank(size: int) -> str:
+    return format_bytes(size) if size else ""
 
 
 def _share(size: int, report: MemoryReport) -> str:

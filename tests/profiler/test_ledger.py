@@ -201,6 +201,16 @@ def test_what_has_a_librarys_size_and_stays_is_its_workspace() -> None:
     }
 
 
+def test_a_phase_noticed_late_has_what_was_born_since_it_may_have_begun() -> None:
+    phases = [Mark(0, "forward"), Mark(100, "backward", since_ns=50)]
+    events = [(40, 1, 8), (110, 1, -8), (60, 2, 8), (120, 2, -8), (45, 3, 8), (70, 3, -8)]
+    assert categories_of(recording(events=events, phases=phases)) == {
+        1: Category.UNATTRIBUTED,  # from before
+        2: Category.TEMPORARIES,  # the first gradient, say
+        3: Category.TEMPORARIES,  # of forward: logits dropped with the model's output
+    }
+
+
 def test_a_saved_tensor_older_than_the_first_module_is_an_input() -> None:
     history = recording(
         events=[(10, 1, 8), (60, 2, 8)],

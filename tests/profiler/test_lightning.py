@@ -126,7 +126,7 @@ def test_a_fit_is_reported(kind: type[Classifier], tmp_path: Any, callbacks: int
     assert MemoryReport.load(tmp_path / "memory_report.json") == report
     printed = capsys.readouterr().out
     assert "optimizer_state" in printed
-    assert printed.count("its own peak") == 1
+    assert printed.count("phase peaks") == 1
     assert_all_is_off(module, built, callbacks)
 
 

@@ -397,3 +397,24 @@ def test_a_second_recording_at_once_is_refused() -> None:
 def test_a_device_that_tells_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="'meta' cannot be recorded"), MemoryRecorder(nn.Linear(2, 2, device="meta")):
         pass
+
+
+@pytest.mark.parametrize("keep_output", [False, True], ids=["output-dropped", "output-kept"])
+def test_unattributed_is_what_the_loop_keeps(keep_output: bool) -> None:
+    """Logits returned beside the loss have no owner while a variable keeps them; dropped, they are temporary."""
+    loop = gpt2()
+    with MemoryRecorder(loop.module, loop.optimizer, warmup_steps=1) as recorder:
+        for _ in range(3):
+            tokens = torch.randint(0, 256, (4, 128))
+            output = loop.module(input_ids=tokens, labels=tokens, use_cache=False)
+            loss = output.loss
+            if not keep_output:
+                del output
+            loss.backward()
+            loop.optimizer.step()
+            loop.optimizer.zero_grad()
+            recorder.step()
+    report = recorder.report
+    logits = 4 * 128 * 256 * 4
+    unattributed = report.categories[Category.UNATTRIBUTED]
+    assert unattributed == pytest.approx(logits if keep_output else 0, abs=0.001 * report.peak_bytes)

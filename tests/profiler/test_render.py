@@ -46,7 +46,7 @@ def test_the_table_fits_and_says_what_matters(width: int) -> None:
     assert max(map(len, lines)) <= width
     text = "\n".join(lines)
     assert "…" not in text
-    for said in ("weights", "4.00", "activations", "2.00 KiB", "34.1%", "5.86 KiB", "100.0%", "optimizer_step"):
+    for said in ("weights", "4.00", "activations", "2.00 KiB", "34.1%", "5.86 KiB", "100.0%", "phase peaks"):
         assert said in text
     assert "on cuda:0, 1 step" in text
     assert "reserved" in text
