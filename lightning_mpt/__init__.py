@@ -1,1 +1,7 @@
-"""lightning-mpt."""
+"""Half-precision training with FP32 master weights for PyTorch Lightning."""
+
+from .loss_scale import ConstantLossScale, DynamicLossScale
+from .optimizer import MasterAdamW
+from .precision import MasterWeightPrecision
+
+__all__ = ["ConstantLossScale", "DynamicLossScale", "MasterAdamW", "MasterWeightPrecision"]

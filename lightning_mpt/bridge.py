@@ -1,0 +1,142 @@
+"""Any other optimizer over FP32 masters: it never learns that the module's weights are half.
+
+Within `step`, `state_dict` and `load_state_dict` the groups hold FP32 parameters (the masters) with unscaled FP32
+gradients; outside, they hold the module's own half parameters, so that `zero_grad`, schedulers and users see what they
+gave. The cost, beside what the optimizer itself keeps: 4 bytes per parameter for the master, whatever
+`master_weights` says, 4 more for FP32 gradients while it steps, and on CUDA one wait for the device per step, since a
+rule that is not ours cannot be told to change nothing.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .kernels.reference import true_gradient
+from .masters import MasterWeights
+from .optimizer import MasterOptimizer
+from .pieces import dense, flat
+from .storage import HALF_DTYPES, master_storage
+
+STORAGE = master_storage("float32")
+
+
+class BridgedOptimizer(MasterOptimizer):
+    """The part in front of the user's optimizer class; `bridge` puts the two together."""
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """The optimizer's own step on masters and true gradients; then the half weights become their rounding."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._opt_called = True  # asked by LRScheduler, for its advice on the order of calls
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            return loss
+        with self._masters_in_groups(), self._true_gradients(), self._inputs_hidden():
+            super().step()
+        for parameter in self.parameters():
+            if parameter.grad is not None and parameter.dtype in HALF_DTYPES:
+                self.masters.publish(parameter)
+        return loss
+
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    step.hooked = True  # type: ignore[attr-defined]  # the optimizer's own step calls the step hooks
+
+    def state_dict(self) -> dict[str, Any]:
+        with self._masters_in_groups():
+            return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        with self._masters_in_groups():
+            super().load_state_dict(state_dict)
+
+    def memory_categories(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        yield from super().memory_categories()
+        for parameter, master in self._masters_of.items():
+            if master.grad is not None and master is not parameter:
+                yield "gradients", master.grad, parameter
+
+    def release(self) -> None:
+        """Be the optimizer again that was adopted; its state belongs to the module's parameters."""
+        for parameter, master in self._masters_of.items():
+            if master is not parameter and master in self.state:
+                self.state[parameter] = self.state.pop(master)
+        self.__class__ = self.__dict__.pop("_adopted_class")
+        del self._masters_of, self.masters, self.masters_in_module
+
+    _masters_of: dict[Tensor, Tensor]
+    """Each parameter's master, as the parameter that the optimizer sees; of a float32 parameter, itself."""
+
+    def _master_of(self, parameter: Tensor) -> Tensor:
+        if parameter.dtype not in HALF_DTYPES:
+            return self._masters_of.setdefault(parameter, parameter)
+        stored = self.masters.claim(parameter, STORAGE)
+        master = self._masters_of.get(parameter)
+        if master is None:
+            master = self._masters_of[parameter] = torch.nn.Parameter(stored)
+        elif master.data_ptr() != stored.data_ptr():
+            master.data = stored  # made anew, from a half weight that someone else had written
+        return master
+
+    @contextmanager
+    def _masters_in_groups(self) -> Iterator[None]:
+        ours = [group["params"] for group in self.param_groups]
+        try:
+            for group in self.param_groups:
+                group["params"] = [self._master_of(parameter) for parameter in group["params"]]
+            yield
+        finally:
+            for group, parameters in zip(self.param_groups, ours, strict=True):
+                group["params"] = parameters
+
+    @contextmanager
+    def _inputs_hidden(self) -> Iterator[None]:
+        """Within it, no attribute says that gradients are scaled: the optimizer might divide once more, or refuse."""
+        hidden = {name: self.__dict__.pop(name) for name in ("grad_scale", "found_inf") if name in self.__dict__}
+        try:
+            yield
+        finally:
+            self.__dict__.update(hidden)
+
+    @contextmanager
+    def _true_gradients(self) -> Iterator[None]:
+        """Within it, the masters of parameters with gradients have them unscaled and clipped in FP32."""
+        scaled = {parameter: parameter.grad for parameter in self._masters_of if parameter.grad is not None}
+        try:
+            for parameter, gradient in scaled.items():
+                gradient = dense(gradient)
+                out = torch.empty_like(gradient, dtype=torch.float32)
+                transform = self._gradient_transform(gradient.device)
+                true = true_gradient(flat(gradient), transform, flat(out))
+                self._masters_of[parameter].grad = true.as_strided(gradient.shape, gradient.stride())
+            yield
+        finally:
+            for parameter in scaled:
+                self._masters_of[parameter].grad = None
+            for parameter, gradient in scaled.items():
+                parameter.grad = gradient
+
+
+def bridge(optimizer: Optimizer, masters: MasterWeights) -> BridgedOptimizer:
+    """Make this very optimizer object step FP32 masters, until `release`.
+
+    Args:
+        optimizer: any optimizer whose `step` needs no closure and takes dense gradients.
+        masters: the masters of its parameters.
+    """
+    optimizer.__dict__.pop("step", None)  # the tracker of an LRScheduler, bound to the old class
+    adopted = type(optimizer)
+    bridged = cast(BridgedOptimizer, optimizer)
+    bridged.__class__ = type(f"Master{adopted.__name__}", (BridgedOptimizer, adopted), {})
+    bridged._adopted_class = adopted  # type: ignore[attr-defined]
+    bridged.masters, bridged.masters_in_module, bridged._masters_of = masters, True, {}
+    with bridged._masters_in_groups():
+        for parameter, master in bridged._masters_of.items():
+            if master is not parameter and parameter in bridged.state:
+                bridged.state[master] = bridged.state.pop(parameter)
+    return bridged

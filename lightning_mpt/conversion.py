@@ -1,0 +1,218 @@
+"""A module in half precision that is FP32 seen from outside.
+
+`ConvertedModule` casts the parameters and buffers of a module in place, so that tied weights stay tied and every
+reference stays good, and keeps the FP32 values in `MasterWeights`. While the module is half, `state_dict()` gives, and
+`load_state_dict()` takes, FP32 values, of the whole module or of any part. `restore` makes it FP32 again.
+
+Norms with running statistics stay FP32: a running mean is a sum over many batches. Their kernels take half activations
+beside FP32 parameters. Other types may be named; their inputs are cast to FP32 and their outputs back to half.
+"""
+
+import weakref
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.utils._pytree import tree_map
+
+from .masters import MasterWeights
+from .storage import HALF_DTYPES, master_storage
+
+RUNNING_NORMS = (_BatchNorm, _InstanceNorm)
+PLAIN = master_storage("float32")
+
+
+class ConvertedModule:
+    """A module whose floating parameters and buffers are half, and what undoes that.
+
+    Args:
+        module: changed in place, on whatever device it is.
+        dtype: float16 or bfloat16.
+        masters: is given the FP32 value of every parameter that becomes half.
+        fp32_modules: module types that stay FP32, with all that is in them.
+
+    Attributes:
+        was_half: names of parameters that were half already; their masters start from those values.
+
+    Raises:
+        TypeError: a parameter is float64 or complex. ValueError: a weight is inf or NaN, or beyond `dtype`'s range; or a
+            layer gives sparse gradients. The module is then as it was.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        dtype: torch.dtype,
+        masters: MasterWeights,
+        fp32_modules: tuple[type[nn.Module], ...] = RUNNING_NORMS,
+    ) -> None:
+        self.module = module
+        self._dtype = dtype
+        self._masters = masters
+        self._buffers: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]] = {}
+        self._loading: dict[Tensor, Tensor] = {}
+        self._decoded: dict[Tensor, tuple[int, weakref.ref[Tensor]]] = {}
+        self._handles: list[Any] = []
+        kept: set[nn.Module] = set()
+        cast_around: set[nn.Module] = set()
+        for part in module.modules():  # a module comes before its children
+            if isinstance(part, fp32_modules) and part not in kept:
+                kept.update(part.modules())
+                if not isinstance(part, RUNNING_NORMS):
+                    cast_around.add(part)
+        stays = {id(tensor) for part in kept for tensor in _own_tensors(part)}
+        self._parameters = {
+            parameter: name
+            for name, parameter in module.named_parameters()
+            if parameter.is_floating_point() and id(parameter) not in stays
+        }
+        self._check()
+        self.was_half = [name for parameter, name in self._parameters.items() if parameter.dtype in HALF_DTYPES]
+        try:
+            self._convert_module(kept, cast_around)
+        except BaseException:  # out of memory, most likely
+            self.restore()
+            raise
+
+    def _convert_module(self, kept: set[nn.Module], cast_around: set[nn.Module]) -> None:
+        for parameter in self._parameters:
+            self._convert(parameter)
+        for part in self.module.modules():
+            if part not in kept:
+                self._convert_buffers(part)
+            if part in cast_around:
+                self._handles += [
+                    part.register_forward_pre_hook(_inputs_to_fp32, with_kwargs=True),
+                    part.register_forward_hook(self._outputs_to_half),
+                ]
+            self._handles += [
+                part.register_state_dict_post_hook(partial(self._give_fp32)),  # torch marks it: no bound method
+                part.register_load_state_dict_pre_hook(self._take_fp32),
+                part.register_load_state_dict_post_hook(self._write_fp32),
+            ]
+
+    @property
+    def parameters(self) -> dict[nn.Parameter, str]:
+        """The half parameters with their names, tied ones once."""
+        return self._parameters
+
+    def restore(self) -> None:
+        """Make the module FP32 again, with the values of the masters, and let go of it. Gradients are dropped."""
+        for handle in self._handles:
+            handle.remove()
+        for parameter in self._parameters:
+            value = self._masters.read(parameter).to(parameter.device)
+            parameter.grad = None
+            parameter.data = value
+            parameter.grad_dtype = value.dtype
+            self._masters.drop(parameter)
+        for (part, name), (original, half) in self._buffers.items():
+            now = part._buffers[name]
+            if now is not None and now.dtype in HALF_DTYPES:
+                part._buffers[name] = self._buffer_in_fp32(now, original, half)
+        self._buffers, self._handles = {}, []
+
+    def _check(self) -> None:
+        for part_name, part in self.module.named_modules():
+            if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse:
+                raise ValueError(
+                    f"{part_name or type(part).__name__} has sparse=True, and sparse gradients cannot be unscaled and "
+                    "clipped in the update: make it sparse=False."
+                )
+        limit = torch.finfo(self._dtype).max
+        for parameter, name in self._parameters.items():
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                raise ValueError(f"{name} has no shape yet: run one batch through the lazy modules before training.")
+            if parameter.dtype not in (*HALF_DTYPES, torch.float32):
+                raise TypeError(
+                    f"{name} is {parameter.dtype}; master weights are FP32 and would lose its precision in silence: "
+                    "convert the module with .float(), or train with precision='64-true'."
+                )
+            if parameter.numel() == 0:
+                continue
+            lowest, highest = (bound.item() for bound in torch.aminmax(parameter.detach()))
+            largest = max(abs(lowest), abs(highest))
+            if not largest < float("inf"):  # NaN too
+                raise ValueError(f"{name} holds inf or NaN before the first step: start from finite weights.")
+            if largest > limit:
+                raise ValueError(
+                    f"{name} holds a weight of magnitude {largest:g}, beyond the {limit:g} of {self._dtype}: "
+                    "use 'bf16-true', or rescale the weight."
+                )
+
+    def _convert(self, parameter: nn.Parameter) -> None:
+        original = parameter.data.float()  # itself where it is FP32: nothing is copied
+        parameter.grad = None
+        parameter.data = torch.empty_like(original, dtype=self._dtype)
+        self._masters.write(parameter, original, PLAIN)
+
+    def _convert_buffers(self, part: nn.Module) -> None:
+        for name, buffer in part._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                # A mask of -1e9 must stay finite: it saturates.
+                limit = torch.finfo(self._dtype).max
+                fits = torch.where(buffer.isfinite(), buffer.clamp(-limit, limit), buffer)
+                half = fits.to(self._dtype)
+                self._buffers[part, name] = (buffer.cpu(), half.cpu())
+                part._buffers[name] = half
+
+    @staticmethod
+    def _buffer_in_fp32(now: Tensor, original: Tensor, half: Tensor) -> Tensor:
+        """A buffer's FP32 value: the original one, unless training has written to the half one."""
+        unchanged = now.shape == half.shape and torch.equal(now.to(half), half)
+        return original.to(now.device) if unchanged else now.float()
+
+    # -- the module's state_dict --------------------------------------------------------------------------------
+
+    def _give_fp32(self, part: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+        for name, parameter in part._parameters.items():
+            if parameter in self._parameters and prefix + name in state_dict:
+                state_dict[prefix + name] = self._decode(parameter)
+        for name, buffer in part._buffers.items():
+            if buffer is not None and (part, name) in self._buffers and prefix + name in state_dict:
+                state_dict[prefix + name] = self._buffer_in_fp32(buffer, *self._buffers[part, name])
+
+    def _decode(self, parameter: Tensor) -> Tensor:
+        """The parameter's FP32 value; of a tied one the same tensor again, as in any state_dict, while it is in use."""
+        version, reference = self._decoded.get(parameter, (None, None))
+        value = reference() if reference is not None and version == parameter._version else None
+        if value is None:
+            value = self._masters.read(parameter)
+            if value.device.type == "cuda":
+                value = value.cpu()  # a whole FP32 model more might not fit the device in the middle of training
+            self._decoded[parameter] = (parameter._version, weakref.ref(value))
+        return value
+
+    def _take_fp32(self, part: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        for name, parameter in part._parameters.items():
+            value = state_dict.get(prefix + name)
+            if parameter in self._parameters and isinstance(value, Tensor) and value.shape == parameter.shape:
+                self._loading[parameter] = value
+
+    def _write_fp32(self, part: nn.Module, _: Any) -> None:
+        """After torch has copied the loaded values into the half weights: give the masters all their bits."""
+        for parameter in part._parameters.values():
+            if parameter is not None and parameter in self._loading:
+                value = self._loading.pop(parameter)
+                self._masters.write(parameter, value.to(parameter.device, torch.float32, copy=True))
+
+    def _outputs_to_half(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return tree_map(lambda value: _cast(value, torch.float32, self._dtype), output)
+
+
+def _own_tensors(part: nn.Module) -> Iterator[Tensor]:
+    yield from part.parameters(recurse=False)
+    yield from part.buffers(recurse=False)
+
+
+def _inputs_to_fp32(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    return tree_map(lambda value: _cast(value, (torch.float16, torch.bfloat16), torch.float32), (args, kwargs))
+
+
+def _cast(value: Any, source: torch.dtype | tuple[torch.dtype, ...], target: torch.dtype) -> Any:
+    sources = source if isinstance(source, tuple) else (source,)
+    return value.to(target) if isinstance(value, Tensor) and value.dtype in sources else value

@@ -1,0 +1,92 @@
+"""FP32 where the paper wants it, inside a half-precision forward and backward.
+
+Products are half, sums are FP32 (Micikevicius et al., arXiv 1710.03740, section 3.3). Kernels of softmax and of norms
+take half and return half, and compute in FP32 in between: torch does so by itself. Matrix products add up in FP32 unless
+a global switch lets them do otherwise. And losses, sums over a whole batch that no later rounding should touch, would be
+computed in the type of the logits: they are given FP32 ones.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from .storage import HALF_DTYPES
+
+LOSSES = frozenset(
+    {
+        F.binary_cross_entropy,
+        F.binary_cross_entropy_with_logits,
+        F.cosine_embedding_loss,
+        F.cross_entropy,
+        F.ctc_loss,
+        F.gaussian_nll_loss,
+        F.hinge_embedding_loss,
+        F.huber_loss,
+        F.kl_div,
+        F.l1_loss,
+        F.margin_ranking_loss,
+        F.mse_loss,
+        F.multi_margin_loss,
+        F.multilabel_margin_loss,
+        F.multilabel_soft_margin_loss,
+        F.nll_loss,
+        F.poisson_nll_loss,
+        F.smooth_l1_loss,
+        F.soft_margin_loss,
+        F.triplet_margin_loss,
+        F.triplet_margin_with_distance_loss,
+    }
+)
+"""What `torch.nn.functional` calls losses; the modules of `torch.nn` call these."""
+
+REDUCED_PRECISION_SWITCHES = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+
+
+class FP32Losses(TorchFunctionMode):
+    """Within it, the losses of `torch.nn.functional` see FP32 where they are given half tensors."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in LOSSES:
+            return func(*map(_to_fp32, args), **{name: _to_fp32(value) for name, value in kwargs.items()})
+        return func(*args, **kwargs)
+
+
+def _to_fp32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in HALF_DTYPES else value
+
+
+@contextmanager
+def fp32_sums() -> Iterator[None]:
+    """Within it no half matrix product may add up in half; the global switches are afterwards what they were."""
+    matmul, cuda = torch.backends.cuda.matmul, torch.backends.cuda
+    with ExitStack() as restore:
+        for switch in REDUCED_PRECISION_SWITCHES:
+            # Newer versions pair the switch with one for split-k, which is left alone.
+            split_k = getattr(matmul, f"{switch}_split_k", None)
+            before = getattr(matmul, switch)
+            restore.callback(setattr, matmul, switch, before if split_k is None else (before, split_k))
+            setattr(matmul, switch, False if split_k is None else (False, split_k))
+        restore.callback(setattr, matmul, "allow_fp16_accumulation", matmul.allow_fp16_accumulation)
+        matmul.allow_fp16_accumulation = False
+        restore.callback(cuda.allow_fp16_bf16_reduction_math_sdp, cuda.fp16_bf16_reduction_math_sdp_allowed())
+        cuda.allow_fp16_bf16_reduction_math_sdp(False)
+        yield
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Within it new floating tensors are of `dtype`."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

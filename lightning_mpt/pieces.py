@@ -1,0 +1,44 @@
+"""Walking over tensors piece by piece, so that conversions need neither much memory nor many trips to it."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+LARGEST_PIECE = {"cpu": 2**18}
+"""Elements worked on at once: on a CPU, what its second-level cache holds; elsewhere `DEFAULT_PIECE`."""
+DEFAULT_PIECE = 2**22
+SMALLEST_PIECE = 2**12
+PIECES_PER_MODEL = 16
+"""A piece takes some 8 bytes of scratch an element: a sixteenth of the model at most keeps that under 5 % of its state."""
+
+
+def piece_length(tensors: Sequence[Tensor]) -> int:
+    """Elements to work on at once: what stays in the cache, little beside the model, no more than the largest tensor."""
+    sizes = [tensor.numel() for tensor in tensors]
+    bound = LARGEST_PIECE.get(tensors[0].device.type, DEFAULT_PIECE)
+    return max(1, min(bound, max(SMALLEST_PIECE, sum(sizes) // PIECES_PER_MODEL), max(sizes)))
+
+
+def pieces(numel: int, length: int) -> Iterator[slice]:
+    """Slices of at most `length` that cover `numel` elements."""
+    return (slice(start, min(start + length, numel)) for start in range(0, numel, length))
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """`tensor` itself if its elements fill one stretch of memory, in whatever order; else a contiguous copy."""
+    if tensor.is_contiguous() or torch.empty_like(tensor, device="meta").stride() == tensor.stride():
+        return tensor
+    return tensor.contiguous()
+
+
+def ordered_like(tensor: Tensor, pattern: Tensor) -> Tensor:
+    """`tensor`, or a copy of it, with its elements in the order of `pattern`'s memory. Same shape, `pattern` dense."""
+    if tensor.stride() == pattern.stride():
+        return tensor
+    return torch.empty_like(pattern, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """A dense tensor's elements in the order of its memory: a view of one dimension."""
+    return tensor.as_strided((tensor.numel(),), (1,))

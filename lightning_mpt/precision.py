@@ -1,0 +1,393 @@
+"""The Trainer plugin: when what happens. The parts are in the other modules.
+
+convert_module   masters are taken from the FP32 weights, which then become half        conversion.py
+connect          AdamW is served by the fused step, other optimizers by FP32 masters    optimizer.py, bridge.py
+forward          half products, FP32 sums and losses                                    numerics.py
+pre_backward     the loss is FP32, and is scaled                                        loss_scale.py
+optimizer_step   one look at the gradients, then unscale, clip and update in one pass   kernels/
+teardown         the module is FP32 again, and everything global is what it was
+"""
+
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from types import EllipsisType
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning_utilities import apply_to_collection
+from torch import Tensor, nn
+from torch.optim import LBFGS, Adam, AdamW, Optimizer, SparseAdam
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from typing_extensions import override
+
+from .bridge import BridgedOptimizer, bridge
+from .conversion import RUNNING_NORMS, ConvertedModule
+from .loss_scale import ConstantLossScale, DynamicLossScale, make_loss_scale
+from .masters import MasterWeights
+from .mirror import HostMirror
+from .numerics import FP32Losses, default_dtype, fp32_sums
+from .optimizer import MasterAdamW
+from .schedules import HeldSchedules
+from .storage import HALF_DTYPES, check_optimizer_state, master_storage
+
+DTYPES = {"16-true": torch.float16, "bf16-true": torch.bfloat16}
+
+
+class MasterWeightPrecision(Precision):
+    """Train in half precision with FP32 master weights: `Trainer(plugins=[MasterWeightPrecision("16-true")])`.
+
+    The pipeline of *Mixed Precision Training* (Micikevicius et al., ICLR 2018, arXiv 1710.03740). During `fit` the
+    module's parameters, buffers, activations and gradients are half; each parameter has an FP32 master that the
+    optimizer updates; the loss is scaled; a step with a gradient that is inf or NaN changes nothing. Seen from outside
+    all is FP32: `state_dict`, checkpoints, and the module after `fit`. `validate`, `test` and `predict` run in half.
+
+    Args:
+        precision: `"16-true"` (float16) or `"bf16-true"` (bfloat16).
+        loss_scale: `"auto"` (dynamic for float16, none for bfloat16), `"dynamic"`, a positive number (constant), a
+            `DynamicLossScale`, a `ConstantLossScale`, or None.
+        master_weights: `"split"`: 2 bytes beside each half weight, exact; `"float32"`: 4 bytes.
+        optimizer_state: how AdamW's moments are stored: `"float32"`.
+        gradient_release: not available yet.
+        fp32_modules: module types kept in FP32 with their inputs and outputs cast; by default norms with running
+            statistics (BatchNorm, InstanceNorm), which need no cast.
+        autocast: run forward under `torch.autocast` as well, for modules that mix types. Autocast makes some outputs,
+            of norms and softmax among them, FP32: activations are larger.
+
+    Attributes:
+        warn_after_skips: this many skipped steps in a row, with a scale that can fall no further, give a warning.
+        error_after_skips: and this many an error. None for neither.
+
+    Raises:
+        ValueError: an argument is not one of these; the message names it.
+    """
+
+    warn_after_skips: int | None = 25
+    error_after_skips: int | None = 100
+
+    def __init__(
+        self,
+        precision: Literal["16-true", "bf16-true"] = "16-true",
+        *,
+        loss_scale: str | float | DynamicLossScale | ConstantLossScale | None = "auto",
+        master_weights: str = "split",
+        optimizer_state: str = "float32",
+        gradient_release: bool = False,
+        fp32_modules: "type[nn.Module] | tuple[type[nn.Module], ...] | list[type[nn.Module]] | EllipsisType" = ...,
+        autocast: bool = False,
+    ) -> None:
+        if not isinstance(precision, str) or precision not in DTYPES:
+            raise ValueError(
+                f"precision={precision!r} is not one of {', '.join(map(repr, DTYPES))}: MasterWeightPrecision trains in "
+                "half precision; for anything else use Trainer(precision=...)."
+            )
+        if gradient_release:
+            raise ValueError("gradient_release=True is not available yet: leave it out.")
+        self.precision = precision
+        self._dtype = DTYPES[precision]
+        self._loss_scale = make_loss_scale(loss_scale, self._dtype)
+        self._master_weights = master_storage(master_weights).name
+        check_optimizer_state(optimizer_state)
+        self._fp32_modules = _module_types(fp32_modules)
+        self._autocast = autocast
+        self._masters = MasterWeights()
+        self._converted: ConvertedModule | None = None
+        self._adopted: list[MasterAdamW | BridgedOptimizer] = []
+        self._schedules = HeldSchedules()
+        self._mirror = HostMirror()
+        self._metrics = _LogMetrics(self)
+        self._clips: dict[Optimizer, tuple[GradClipAlgorithmType, float]] = {}
+        self._grad_norm: Tensor | None = None
+        self._skipped_steps = 0
+        self._stuck_steps = 0
+        self._warned = False
+        self._known_scale = self.loss_scale
+        self._device_type = "cpu"
+
+    # -- what a user may ask ------------------------------------------------------------------------------------
+
+    @property
+    def loss_scale(self) -> float:
+        """The current loss scale (1.0 without one). On CUDA, asking waits for the device."""
+        return float(self._loss_scale.scale)
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were skipped because a gradient was not finite. On CUDA, asking waits for the device."""
+        self._learn_of_steps(wait=True)
+        return self._skipped_steps
+
+    @property
+    def grad_norm(self) -> float | None:
+        """The last step's gradient norm, unscaled, before clipping by norm; None where none was taken."""
+        return None if self._grad_norm is None else float(self._grad_norm)
+
+    def master_params(self, optimizer: Optimizer | LightningOptimizer) -> list[Tensor]:
+        """The FP32 master weights of an optimizer's parameters, in their order, during `fit`. Read only."""
+        adopted = _unwrapped(optimizer)
+        if not isinstance(adopted, MasterAdamW | BridgedOptimizer):
+            raise ValueError(
+                f"{type(adopted).__name__} has no master weights: ask during fit, with an optimizer of the Trainer's."
+            )
+        return adopted.master_params()
+
+    def memory_categories(self) -> Generator[tuple[str, Tensor, Tensor], None, None]:
+        """For the memory profiler: the FP32 values of all parameters, frozen ones among them."""
+        for parameter, stored in self._masters:
+            yield "master_weights", stored, parameter
+
+    # -- setting up and tearing down ----------------------------------------------------------------------------
+
+    @override
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        if self._converted is not None:
+            raise RuntimeError(
+                "This MasterWeightPrecision is in use by another Trainer, and keeps that one's masters: "
+                "give every Trainer its own."
+            )
+        self._converted = ConvertedModule(module, self._dtype, self._masters, self._fp32_modules)
+        if self._converted.was_half:
+            count, first = len(self._converted.was_half), self._converted.was_half[0]
+            rank_zero_warn(
+                f"{count} parameters ({first} first) were half precision already: their FP32 masters start from the half "
+                "values. Hand over the FP32 module to start from all its bits."
+            )
+        return module
+
+    @override
+    def connect(
+        self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
+    ) -> tuple[nn.Module, list[Optimizer], list[Any]]:
+        assert self._converted is not None
+        parameter = next(iter(self._converted.module.parameters()), None)
+        device = torch.device("cpu") if parameter is None else parameter.device
+        self._device_type = device.type
+        self._loss_scale.to(device)
+        self._known_scale, self._stuck_steps = self.loss_scale, 0
+        for optimizer in optimizers:
+            self._refuse(optimizer)
+        for optimizer in optimizers:
+            if type(optimizer) in (Adam, AdamW):
+                self._adopted.append(MasterAdamW.adopt(optimizer, self._masters, self._master_weights))
+            else:
+                self._adopted.append(bridge(optimizer, self._masters))
+        if optimizers:
+            self._attach(self._converted.module, lr_schedulers)
+        return model, optimizers, lr_schedulers
+
+    @override
+    def teardown(self) -> None:
+        """Undo all of the above. The Trainer calls this when it is done, also after an exception."""
+        self._schedules.release()
+        converted, self._converted = self._converted, None
+        if converted is not None:
+            # The bridge's parameters share the masters' memory, so optimizers let go before the module takes over.
+            for adopted in self._adopted:
+                adopted.release()
+            converted.restore()
+            trainer = getattr(converted.module, "_trainer", None)
+            if trainer is not None and self._metrics in trainer.callbacks:
+                trainer.callbacks.remove(self._metrics)
+        self._adopted = []
+        self._clips.clear()
+        self._learn_of_steps(wait=True)
+
+    def _refuse(self, optimizer: Any) -> None:
+        name = type(optimizer).__name__
+        if isinstance(optimizer, LBFGS):
+            raise ValueError(
+                f"{name} evaluates the loss many times within a step, which loss scaling cannot follow: "
+                "use another optimizer, or Trainer(precision='32-true')."
+            )
+        if isinstance(optimizer, SparseAdam):
+            raise ValueError(f"{name} takes sparse gradients, and the update takes dense ones only: use AdamW.")
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"{name} is not a torch.optim.Optimizer, whose parameter groups hold what is trained: use one."
+            )
+
+    def _attach(self, module: nn.Module, lr_schedulers: list[Any]) -> None:
+        """Metrics, and schedules that wait for skipped steps: what needs the module's Trainer."""
+        if not isinstance(module, pl.LightningModule):
+            return
+        module.trainer.callbacks.append(self._metrics)  # type: ignore[attr-defined]
+        if module.automatic_optimization:
+            for config in lr_schedulers:
+                if config.interval == "step" and not isinstance(config.scheduler, ReduceLROnPlateau):
+                    self._schedules.hold(config.scheduler, config.frequency)
+
+    # -- forward ------------------------------------------------------------------------------------------------
+
+    @override
+    def convert_input(self, data: Any) -> Any:
+        """Floating tensors of a batch become half."""
+        return apply_to_collection(data, Tensor, lambda t: t.to(self._dtype) if t.is_floating_point() else t)
+
+    @override
+    @contextmanager
+    def forward_context(self) -> Generator[None, None, None]:
+        """Half by default, FP32 sums and losses; all as before afterwards, also after an exception."""
+        autocast: AbstractContextManager[Any] = nullcontext()
+        if self._autocast:
+            autocast = torch.autocast(self._device_type, dtype=self._dtype, cache_enabled=False)
+        with ExitStack() as stack:
+            for context in (default_dtype(self._dtype), fp32_sums(), FP32Losses(), autocast):
+                stack.enter_context(context)
+            yield
+
+    # -- backward -----------------------------------------------------------------------------------------------
+
+    @override
+    def pre_backward(self, tensor: Tensor, module: "pl.LightningModule") -> Tensor:  # type: ignore[override]
+        self._widen_gradients()
+        # FP32 first: a scale of 2**16 is inf in float16.
+        return super().pre_backward(tensor.float() * self._loss_scale.scale, module)
+
+    @override
+    def backward(self, tensor: Tensor, model: "pl.LightningModule", *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        # Checkpointed modules run forward again here.
+        with self.forward_context():
+            super().backward(tensor, model, *args, **kwargs)
+
+    def _widen_gradients(self) -> None:
+        """Half gradients that are about to be added to become FP32, so that small addends are not lost to rounding."""
+        assert self._converted is not None
+        for parameter in self._converted.parameters:
+            gradient = parameter.grad
+            if gradient is None:
+                if parameter.grad_dtype != parameter.dtype:
+                    parameter.grad_dtype = parameter.dtype
+            elif gradient.dtype in HALF_DTYPES and parameter.requires_grad:
+                parameter.grad = None
+                parameter.grad_dtype = torch.float32
+                parameter.grad = gradient.float()
+
+    # -- the step -----------------------------------------------------------------------------------------------
+
+    @override
+    def clip_gradients(
+        self,
+        optimizer: Optimizer,
+        clip_val: int | float = 0.0,
+        gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
+    ) -> None:
+        """Note how the gradients are to be clipped; the update does it, on true gradients, in the same pass."""
+        if clip_val > 0:
+            self._clips[_unwrapped(optimizer)] = (GradClipAlgorithmType(gradient_clip_algorithm), float(clip_val))
+
+    @override
+    def optimizer_step(  # type: ignore[override]
+        self,
+        optimizer: MasterAdamW | BridgedOptimizer,
+        model: "pl.LightningModule",
+        closure: Callable[[], Any],
+        **kwargs: Any,
+    ) -> Any:
+        result = closure()
+        self._after_closure(model, optimizer)
+        clip = self._clips.pop(optimizer, None)
+        if result is None and model.automatic_optimization:
+            return result  # training_step returned None: there is nothing to learn from
+        by_norm = clip is not None and clip[0] == GradClipAlgorithmType.NORM
+        found_inf, norm = optimizer.scan_gradients(norm=by_norm)
+        divisor = scale = self._loss_scale.scale
+        self._grad_norm = None
+        if clip is not None and norm is not None:
+            self._grad_norm = norm / scale
+            # As torch.nn.utils.clip_grad_norm_: min(1, clip / (norm + 1e-6)), folded into the division by the scale.
+            divisor = scale * ((self._grad_norm + 1e-6) / clip[1]).clamp(min=1.0)
+        optimizer.grad_scale, optimizer.found_inf = divisor, found_inf
+        optimizer.clip_value = clip[1] if clip is not None and not by_norm else None
+        try:
+            optimizer.step(**kwargs)
+        finally:
+            del optimizer.grad_scale, optimizer.found_inf, optimizer.clip_value
+        stuck = self._loss_scale.at_minimum
+        self._loss_scale.update(found_inf)
+        number = torch.full_like(found_inf, self._adopted.index(optimizer))
+        self._mirror.send(torch.stack([found_inf, stuck.float(), number, self._loss_scale.scale]))
+        self._learn_of_steps()
+        self._complain_if_stuck()
+        return result
+
+    def _learn_of_steps(self, *, wait: bool = False) -> None:
+        """Take note of the steps that the host knows of by now."""
+        for found_inf, stuck, number, self._known_scale in self._mirror.arrived(wait=wait):
+            if not found_inf:
+                self._stuck_steps = 0
+                continue
+            self._skipped_steps += 1
+            if self._adopted:
+                self._schedules.skipped(self._adopted[int(number)])
+            self._stuck_steps = self._stuck_steps + 1 if stuck else 0
+
+    def _complain_if_stuck(self) -> None:
+        """Many skipped steps in a row and no lower scale to try: training is going nowhere."""
+        if self._stuck_steps == 0:
+            self._warned = False
+        if self.error_after_skips is not None and self._stuck_steps >= self.error_after_skips:
+            raise RuntimeError(self._stuck_message())
+        if self.warn_after_skips is not None and self._stuck_steps >= self.warn_after_skips and not self._warned:
+            self._warned = True
+            rank_zero_warn(self._stuck_message())
+
+    def _log_metrics(self, module: "pl.LightningModule") -> None:
+        """What the host knows by now; the tensors are on the CPU, so that logging them waits for nothing."""
+        for name, value in (("mpt/loss_scale", self._known_scale), ("mpt/skipped_steps", self._skipped_steps)):
+            module.log(name, torch.tensor(float(value)), on_step=True, on_epoch=False, prog_bar=True)
+
+    def _stuck_message(self) -> str:
+        assert self._converted is not None
+        broken = [
+            name
+            for parameter, name in self._converted.parameters.items()
+            if parameter.grad is not None and not parameter.grad.isfinite().all()
+        ]
+        listed = ", ".join(broken[:10]) + (f" and {len(broken) - 10} more" if len(broken) > 10 else "")
+        return (
+            f"{self._stuck_steps} steps in a row were skipped: gradients are inf or NaN at loss scale {self.loss_scale:g}, "
+            f"which can fall no further. Not finite now: {listed or 'none'}. Look for inf or NaN in the data and the "
+            "loss, lower the learning rate, or train in 'bf16-true', whose range is FP32's."
+        )
+
+    # -- the plugin's own state ---------------------------------------------------------------------------------
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"loss_scale": self._loss_scale.state_dict(), "skipped_steps": self.skipped_steps}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loss_scale.load_state_dict(state_dict["loss_scale"])
+        self._skipped_steps = state_dict["skipped_steps"]
+
+
+class _LogMetrics(Callback):
+    """`mpt/loss_scale` and `mpt/skipped_steps`, to the Trainer's logger and its progress bar."""
+
+    def __init__(self, plugin: MasterWeightPrecision) -> None:
+        self._plugin = plugin
+
+    @override
+    def on_train_batch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *_: Any) -> None:
+        self._plugin._log_metrics(pl_module)
+
+
+def _unwrapped(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
+    return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+
+
+def _module_types(given: Any) -> tuple[type[nn.Module], ...]:
+    if given is ...:
+        return RUNNING_NORMS
+    types = (given,) if isinstance(given, type) else given
+    if not isinstance(types, tuple | list) or not all(isinstance(t, type) and issubclass(t, nn.Module) for t in types):
+        raise ValueError(
+            f"fp32_modules={given!r} must be module types, such as (torch.nn.BatchNorm2d, torch.nn.LayerNorm)."
+        )
+    return tuple(types)

@@ -1,0 +1,51 @@
+"""What every storage of master weights can do, and the one rounding from FP32 to half that all of them share."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+
+
+class MasterStorage(Protocol):
+    """A way to keep the FP32 master of a half weight.
+
+    Tensors are flat (one dimension, contiguous) and equally long, on one device, where nothing else is said. `half` is float16 or bfloat16,
+    `stored` is of `dtype`, `master` and `scratch` are float32. `decode(encode(x)) == x` for every x that `decode` can
+    return, and the codes are then the same, so saving and loading a master changes nothing.
+    """
+
+    name: str
+    dtype: torch.dtype
+    bytes_per_parameter: int
+
+    def of_half(self, half: Tensor) -> Tensor:
+        """What is stored beside `half` (any shape) if the master is exactly the half weight's value. A new tensor."""
+        ...
+
+    def decode(self, half: Tensor, stored: Tensor, out: Tensor, scratch: Tensor) -> Tensor:
+        """The FP32 master of `half` and `stored`.
+
+        Returns `out`, or, where the storage *is* the master, `stored` itself: what is written there is stored.
+        `scratch` is overwritten.
+        """
+        ...
+
+    def encode(self, master: Tensor, half: Tensor, stored: Tensor, scratch: Tensor) -> None:
+        """Write `master` as `half` and `stored`. `scratch` is overwritten, and `master` where it is not `stored`."""
+        ...
+
+
+def round_to_half(master: Tensor, half: Tensor, scratch: Tensor) -> None:
+    """Round `master` (float32) into `half`, nearest. All flat and equally long; `scratch` (float32) is overwritten.
+
+    Ties go to even in float16, as torch rounds, and away from zero in bfloat16. There, ties to even cannot be undone
+    from 16 bits (the remainder would need 65537 values), and all storages round alike so that they train alike: one
+    weight in 131072 is rounded the other way than by `Tensor.bfloat16()`, and is as near.
+    """
+    if half.dtype == torch.bfloat16:
+        bits = torch.add(master.view(torch.int32), 0x8000, out=scratch.view(torch.int32))
+        half.view(torch.int16).copy_(bits.bitwise_right_shift_(16))
+    else:
+        half.copy_(master)
