@@ -69,6 +69,7 @@ class BridgedOptimizer(MasterOptimizer):
         self.__class__ = self.__dict__.pop("_adopted_class")
         del self._masters_of, self.masters, self.masters_in_module
 
+    _adopted_class: type[Optimizer]
     _masters_of: dict[Tensor, Tensor]
     """Each parameter's master, as the parameter that the optimizer sees; of a float32 parameter, itself."""
 
@@ -97,7 +98,8 @@ class BridgedOptimizer(MasterOptimizer):
     @contextmanager
     def _inputs_hidden(self) -> Iterator[None]:
         """Within it, no attribute says that gradients are scaled: the optimizer might divide once more, or refuse."""
-        hidden = {name: self.__dict__.pop(name) for name in ("grad_scale", "found_inf") if name in self.__dict__}
+        names = ("grad_scale", "found_inf")
+        hidden: dict[str, Any] = {name: self.__dict__.pop(name) for name in names if name in self.__dict__}
         try:
             yield
         finally:
@@ -133,7 +135,7 @@ def bridge(optimizer: Optimizer, masters: MasterWeights) -> BridgedOptimizer:
     adopted = type(optimizer)
     bridged = cast(BridgedOptimizer, optimizer)
     bridged.__class__ = type(f"Master{adopted.__name__}", (BridgedOptimizer, adopted), {})
-    bridged._adopted_class = adopted  # type: ignore[attr-defined]
+    bridged._adopted_class = adopted
     bridged.masters, bridged.masters_in_module, bridged._masters_of = masters, True, {}
     with bridged._masters_in_groups():
         for parameter, master in bridged._masters_of.items():

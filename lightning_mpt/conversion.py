@@ -39,8 +39,9 @@ class ConvertedModule:
         was_half: names of parameters that were half already; their masters start from those values.
 
     Raises:
-        TypeError: a parameter is float64 or complex. ValueError: a weight is inf or NaN, or beyond `dtype`'s range; or a
-            layer gives sparse gradients. The module is then as it was.
+        TypeError: a parameter is float64.
+        ValueError: a weight is inf or NaN, or beyond `dtype`'s range; or a layer gives sparse gradients. The module is
+            then as it was.
     """
 
     def __init__(

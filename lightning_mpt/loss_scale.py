@@ -105,9 +105,8 @@ class DynamicLossScale:
     ) -> None:
         for name, value in (("min_scale", min_scale), ("init_scale", init_scale)):
             _check(_is_number(value) and 0 < value < math.inf, name, value, "must be a positive finite number", "1.0")
-        _check(
-            min_scale <= init_scale, "init_scale", init_scale, f"must be at least min_scale={min_scale!r}", "2.0**15"
-        )
+        above = min_scale <= init_scale
+        _check(above, "init_scale", init_scale, f"must be at least min_scale={min_scale!r}", "2.0**15")
         good_growth = _is_number(growth_factor) and 1 < growth_factor < math.inf
         _check(good_growth, "growth_factor", growth_factor, "must be a finite number above 1", "2.0")
         good_backoff = _is_number(backoff_factor) and 0 < backoff_factor < 1
@@ -166,9 +165,8 @@ class DynamicLossScale:
         """Take over a saved scale and counters; what is not in `state_dict` (of a constant's file, say) stays."""
         if "scale" in state_dict:
             scale = state_dict["scale"]
-            _check(
-                _is_number(scale) and 0 < scale < math.inf, "scale", scale, "must be a positive finite number", "1.0"
-            )
+            positive = _is_number(scale) and 0 < scale < math.inf
+            _check(positive, "scale", scale, "must be a positive finite number", "1.0")
             self._scale = torch.full_like(self._scale, scale)
             self._growth_tracker = torch.full_like(self._growth_tracker, state_dict["growth_tracker"])
             self._overflows_left = torch.full_like(self._overflows_left, state_dict["overflows_left"])

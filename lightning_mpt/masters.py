@@ -137,8 +137,7 @@ class MasterWeights:
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copied or unpickled parameter counts its versions anew.
         self._entries = {
-            parameter: _Entry(*storage_and_stored, parameter._version)
-            for parameter, storage_and_stored in state["entries"]
+            parameter: _Entry(storage, stored, parameter._version) for parameter, (storage, stored) in state["entries"]
         }
 
 

@@ -1,9 +1,9 @@
 """FP32 where the paper wants it, inside a half-precision forward and backward.
 
 Products are half, sums are FP32 (Micikevicius et al., arXiv 1710.03740, section 3.3). Kernels of softmax and of norms
-take half and return half, and compute in FP32 in between: torch does so by itself. Matrix products add up in FP32 unless
-a global switch lets them do otherwise. And losses, sums over a whole batch that no later rounding should touch, would be
-computed in the type of the logits: they are given FP32 ones.
+take half and return half, and compute in FP32 in between: torch does so by itself. Matrix products add up in FP32
+unless a global switch lets them do otherwise. And losses, sums over a whole batch that no later rounding should touch,
+would be computed in the type of the logits: they are given FP32 ones.
 """
 
 from collections.abc import Callable, Iterator

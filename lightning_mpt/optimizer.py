@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Adam, AdamW, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from .kernels.reference import GradientTransform, Slot, adamw_, scan_gradients
 from .masters import MasterWeights
@@ -32,12 +32,16 @@ class MasterOptimizer(Optimizer):
 
     _step_supports_amp_scaling = True  # asked by torch.amp.GradScaler
 
+    grad_scale: Tensor
+    found_inf: Tensor
+    clip_value: float | None
+
     masters: MasterWeights
     masters_in_module: bool = False
     """Whether the module's own state_dict holds the masters, so that the optimizer's need not."""
 
     def master_params(self) -> list[Tensor]:
-        """The FP32 master weights, in parameter order. Read only: some are the stored tensors, others decoded copies."""
+        """The FP32 master weights, in parameter order. Read only: some are what is stored, others decoded copies."""
         return [self.masters.read(parameter) for parameter in self.parameters()]
 
     def parameters(self) -> Iterator[Tensor]:
@@ -142,7 +146,7 @@ class MasterAdamW(MasterOptimizer, AdamW):
             self._write_masters(list(masters))
 
     @classmethod
-    def adopt(cls, optimizer: Adam, masters: MasterWeights, master_weights: str) -> "MasterAdamW":
+    def adopt(cls, optimizer: Optimizer, masters: MasterWeights, master_weights: str) -> "MasterAdamW":
         """Make this very `torch.optim.Adam` or `AdamW` object a MasterAdamW, until `release`.
 
         Its groups, state, hooks, schedulers and every reference to it stay what they are; the class changes.
@@ -165,6 +169,8 @@ class MasterAdamW(MasterOptimizer, AdamW):
             if parameter.dtype in HALF_DTYPES:
                 masters.claim(parameter, adopted.storage)
         return adopted
+
+    _adopted_class: type[Optimizer]
 
     def release(self) -> None:
         """Be the optimizer again that was adopted."""
@@ -253,7 +259,7 @@ class MasterAdamW(MasterOptimizer, AdamW):
         parameters = list(self.parameters())
         if len(values) != len(parameters):
             raise ValueError(
-                f"masters has {len(values)} tensors for {len(parameters)} parameters: give one for each, in their order."
+                f"masters has {len(values)} tensors for {len(parameters)} parameters: give one for each, in order."
             )
         for index, (parameter, value) in enumerate(zip(parameters, values, strict=True)):
             if value.shape != parameter.shape or value.dtype != torch.float32:
@@ -348,7 +354,7 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
 
 
 def _is_decay_rate(value: Any) -> bool:
-    return isinstance(value, int | float | Tensor) and 0 <= value < 1
+    return isinstance(value, int | float | Tensor) and bool(0 <= value < 1)
 
 
 def _check_parameters(parameters: Iterable[Tensor]) -> None:

@@ -10,11 +10,11 @@ LARGEST_PIECE = {"cpu": 2**18}
 DEFAULT_PIECE = 2**22
 SMALLEST_PIECE = 2**12
 PIECES_PER_MODEL = 16
-"""A piece takes some 8 bytes of scratch an element: a sixteenth of the model at most keeps that under 5 % of its state."""
+"""A piece takes some 8 bytes of scratch an element: a sixteenth of the model at most is under 5 % of its state."""
 
 
 def piece_length(tensors: Sequence[Tensor]) -> int:
-    """Elements to work on at once: what stays in the cache, little beside the model, no more than the largest tensor."""
+    """Elements to work on at once: what stays in the cache, is little beside the model, and fits the largest tensor."""
     sizes = [tensor.numel() for tensor in tensors]
     bound = LARGEST_PIECE.get(tensors[0].device.type, DEFAULT_PIECE)
     return max(1, min(bound, max(SMALLEST_PIECE, sum(sizes) // PIECES_PER_MODEL), max(sizes)))

@@ -83,8 +83,8 @@ class MasterWeightPrecision(Precision):
     ) -> None:
         if not isinstance(precision, str) or precision not in DTYPES:
             raise ValueError(
-                f"precision={precision!r} is not one of {', '.join(map(repr, DTYPES))}: MasterWeightPrecision trains in "
-                "half precision; for anything else use Trainer(precision=...)."
+                f"precision={precision!r} is not one of {', '.join(map(repr, DTYPES))}: MasterWeightPrecision trains "
+                "in half precision; for anything else use Trainer(precision=...)."
             )
         if gradient_release:
             raise ValueError("gradient_release=True is not available yet: leave it out.")
@@ -154,8 +154,8 @@ class MasterWeightPrecision(Precision):
         if self._converted.was_half:
             count, first = len(self._converted.was_half), self._converted.was_half[0]
             rank_zero_warn(
-                f"{count} parameters ({first} first) were half precision already: their FP32 masters start from the half "
-                "values. Hand over the FP32 module to start from all its bits."
+                f"{count} parameters ({first} first) were half precision already: their FP32 masters start from the "
+                "half values. Hand over the FP32 module to start from all its bits."
             )
         return module
 
@@ -207,9 +207,7 @@ class MasterWeightPrecision(Precision):
         if isinstance(optimizer, SparseAdam):
             raise ValueError(f"{name} takes sparse gradients, and the update takes dense ones only: use AdamW.")
         if not isinstance(optimizer, Optimizer):
-            raise TypeError(
-                f"{name} is not a torch.optim.Optimizer, whose parameter groups hold what is trained: use one."
-            )
+            raise TypeError(f"{name} is not a torch.optim.Optimizer; masters are kept for one's parameters: use one.")
 
     def _attach(self, module: nn.Module, lr_schedulers: list[Any]) -> None:
         """Metrics, and schedules that wait for skipped steps: what needs the module's Trainer."""
@@ -317,7 +315,8 @@ class MasterWeightPrecision(Precision):
 
     def _learn_of_steps(self, *, wait: bool = False) -> None:
         """Take note of the steps that the host knows of by now."""
-        for found_inf, stuck, number, self._known_scale in self._mirror.arrived(wait=wait):
+        for found_inf, stuck, number, scale in self._mirror.arrived(wait=wait):
+            self._known_scale = scale
             if not found_inf:
                 self._stuck_steps = 0
                 continue
@@ -350,9 +349,9 @@ class MasterWeightPrecision(Precision):
         ]
         listed = ", ".join(broken[:10]) + (f" and {len(broken) - 10} more" if len(broken) > 10 else "")
         return (
-            f"{self._stuck_steps} steps in a row were skipped: gradients are inf or NaN at loss scale {self.loss_scale:g}, "
-            f"which can fall no further. Not finite now: {listed or 'none'}. Look for inf or NaN in the data and the "
-            "loss, lower the learning rate, or train in 'bf16-true', whose range is FP32's."
+            f"{self._stuck_steps} steps in a row were skipped: gradients are inf or NaN at loss scale "
+            f"{self.loss_scale:g}, which can fall no further. Not finite now: {listed or 'none'}. Look for inf or NaN "
+            "in the data and the loss, lower the learning rate, or train in 'bf16-true', whose range is FP32's."
         )
 
     # -- the plugin's own state ---------------------------------------------------------------------------------

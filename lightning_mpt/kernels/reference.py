@@ -120,7 +120,7 @@ def adamw_(
 
 
 def true_gradient(gradient: Tensor, transform: GradientTransform, out: Tensor) -> Tensor:
-    """The gradient (flat, any floating dtype) unscaled and clipped in FP32: in `out`, or itself if it is that already."""
+    """The gradient (flat, any floating dtype) unscaled and clipped in FP32: in `out`, or itself if nothing is to do."""
     if gradient.dtype == torch.float32 and transform.is_identity:
         return gradient
     out.copy_(gradient)
@@ -140,7 +140,7 @@ def scan_gradients(gradients: Sequence[Tensor], *, norm: bool) -> tuple[Tensor, 
 
     Returns:
         `found_inf`, float32 without dimensions: 1 if an element is inf or NaN, else 0. And the Euclidean norm over all
-        elements as they are (still scaled), float32 without dimensions, or None. On their device, without waiting for it.
+        elements as they are (still scaled), float32 without dimensions, or None. On their device, not waited for.
     """
     device = gradients[0].device
     if device.type == "cpu":
@@ -158,7 +158,7 @@ def scan_gradients(gradients: Sequence[Tensor], *, norm: bool) -> tuple[Tensor, 
 
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
-    """The sum of all squares in FP32 (float32, no dimensions), piece by piece: CPU reductions would copy whole tensors."""
+    """The sum of all squares in FP32 (float32, no dimensions); by pieces, since CPU reductions copy whole tensors."""
     length = piece_length(tensors)
     scratch = torch.empty(length, dtype=torch.float32)
     parts = [torch.zeros(())]

@@ -11,9 +11,9 @@ HALF_DTYPES = (torch.float16, torch.bfloat16)
 class MasterStorage(Protocol):
     """A way to keep the FP32 master of a half weight.
 
-    Tensors are flat (one dimension, contiguous) and equally long, on one device, where nothing else is said. `half` is float16 or bfloat16,
-    `stored` is of `dtype`, `master` and `scratch` are float32. `decode(encode(x)) == x` for every x that `decode` can
-    return, and the codes are then the same, so saving and loading a master changes nothing.
+    Where nothing else is said, tensors are flat (one dimension, contiguous) and equally long, on one device. `half` is
+    float16 or bfloat16, `stored` is of `dtype`, `master` and `scratch` are float32. `decode(encode(x)) == x` for every
+    x that `decode` can return, and the codes are then the same, so saving and loading a master changes nothing.
     """
 
     name: str

@@ -9,7 +9,7 @@ bfloat16 is the upper half of a float32, so the correction is the lower half as 
 Read as a signed number the correction is negative exactly where the weight was rounded up, so
 `(weight << 16) + correction` gives back the bits, always: every value whose rounding is finite.
 
-float16 has a narrower exponent, so the correction counts in 2**-15 of a unit in the last place (ulp) of the half weight:
+float16 has a narrower exponent, so the correction counts in 2**-15 of a unit in the last place (ulp) of the weight:
 
     correction = (master - half) * 2**15 / ulp(half)      within +-2**14, since |master - half| <= ulp / 2
 

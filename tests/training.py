@@ -1,0 +1,109 @@
+"""Modules, data and trainers that the tests of the plugin share."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_mpt import MasterWeightPrecision
+
+Configure = Callable[[L.LightningModule], Any]
+
+
+def adamw(lr: float = 1e-2, **options: Any) -> Configure:
+    return lambda module: torch.optim.AdamW(module.parameters(), lr=lr, **options)
+
+
+class Classifier(L.LightningModule):
+    """A network, cross entropy, and whatever optimizer it is given. Keeps every loss."""
+
+    def __init__(self, net: nn.Module, configure: Configure | None = None) -> None:
+        super().__init__()
+        self.net = net
+        self._configure = configure or adamw()
+        self.losses: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor | None:
+        x, y = batch
+        loss = F.cross_entropy(self(x), y)
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return self._configure(self)
+
+
+class Validated(Classifier):
+    """The same, with a validation loss."""
+
+    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        x, y = batch
+        self.log("val_loss", F.cross_entropy(self(x), y))
+
+
+class Batches(Dataset[tuple[Tensor, ...]]):
+    """Batches that are what they are: a dataset whose items are whole batches."""
+
+    def __init__(self, batches: Sequence[tuple[Tensor, ...]]) -> None:
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        return self._batches[index]
+
+
+def classification(count: int, *, features: int = 16, classes: int = 4, size: int = 32) -> list[tuple[Tensor, ...]]:
+    """`count` batches of a task that can be learned: which of the first features is the largest."""
+    generator = torch.Generator().manual_seed(1)
+    batches: list[tuple[Tensor, ...]] = []
+    for _ in range(count):
+        x = torch.randn(size, features, generator=generator)
+        batches.append((x, x[:, :classes].argmax(dim=1)))
+    return batches
+
+
+def loader(batches: Sequence[tuple[Tensor, ...]]) -> DataLoader[tuple[Tensor, ...]]:
+    return DataLoader(Batches(batches), batch_size=None)
+
+
+def mlp(*, features: int = 16, width: int = 64, classes: int = 4) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(features, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes)
+    )
+
+
+def trainer(plugin: MasterWeightPrecision | None = None, **options: Any) -> L.Trainer:
+    """A silent Trainer on the CPU, for one epoch if nothing else is said."""
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    if plugin is not None:
+        defaults["plugins"] = [plugin]
+    return L.Trainer(**{**defaults, **options})
+
+
+def fit(
+    module: L.LightningModule,
+    batches: Sequence[tuple[Tensor, ...]],
+    plugin: MasterWeightPrecision | None = None,
+    **options: Any,
+) -> L.Trainer:
+    """Train `module` on `batches` and give the Trainer that did."""
+    ours = trainer(plugin, **options)
+    ours.fit(module, loader(batches))
+    return ours
