@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 
 from .kernels.reference import true_gradient
 from .masters import MasterWeights
@@ -140,5 +141,11 @@ def bridge(optimizer: Optimizer, masters: MasterWeights) -> BridgedOptimizer:
     with bridged._masters_in_groups():
         for parameter, master in bridged._masters_of.items():
             if master is not parameter and parameter in bridged.state:
-                bridged.state[master] = bridged.state.pop(parameter)
+                # Adagrad makes its state at once, like the parameter: half.
+                state = bridged.state.pop(parameter)
+                bridged.state[master] = tree_map(lambda v: v.float() if _is_half(v) else v, state)
     return bridged
+
+
+def _is_half(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in HALF_DTYPES
