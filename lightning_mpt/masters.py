@@ -74,7 +74,7 @@ class MasterWeights:
         return self._entries[parameter].stored
 
     def stepped(self, parameter: Tensor) -> None:
-        """The parameter and its master were both updated, by their owner."""
+        """The parameter as it is now is its master's rounding: their owner has updated both."""
         entry = self._entries[parameter]
         self._entries[parameter] = entry._replace(version=parameter._version)
 
@@ -125,10 +125,17 @@ class MasterWeights:
 
     def _current(self, parameter: Tensor) -> _Entry | None:
         entry = self._entries.get(parameter)
-        if entry is not None and entry.version != parameter._version:
-            del self._entries[parameter]
-            return None
-        return entry
+        if entry is None or entry.version == parameter._version:
+            return entry
+        if entry.storage.dtype == torch.float32:
+            # Some writes change nothing: cuDNN's flattening of RNN weights, a broadcast of equal weights.
+            half = torch.empty_like(entry.stored, dtype=parameter.dtype)
+            _round(entry.stored, half)
+            if torch.equal(half.to(parameter.device), parameter.detach()):
+                self.stepped(parameter)
+                return self._entries[parameter]
+        del self._entries[parameter]
+        return None
 
     def __getstate__(self) -> dict[str, Any]:
         current = [(parameter, self._current(parameter)) for parameter in list(self._entries)]

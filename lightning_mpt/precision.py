@@ -30,10 +30,10 @@ from .bridge import BridgedOptimizer, bridge
 from .conversion import RUNNING_NORMS, ConvertedModule
 from .loss_scale import ConstantLossScale, DynamicLossScale, make_loss_scale
 from .masters import MasterWeights
-from .mirror import HostMirror
 from .numerics import FP32Losses, default_dtype, fp32_sums
 from .optimizer import MasterAdamW
 from .schedules import HeldSchedules
+from .skips import SkippedSteps
 from .storage import HALF_DTYPES, check_optimizer_state, master_storage
 
 DTYPES = {"16-true": torch.float16, "bf16-true": torch.bfloat16}
@@ -99,15 +99,15 @@ class MasterWeightPrecision(Precision):
         self._converted: ConvertedModule | None = None
         self._adopted: list[MasterAdamW | BridgedOptimizer] = []
         self._schedules = HeldSchedules()
-        self._mirror = HostMirror()
-        self._metrics = _LogMetrics(self)
+        self._skips = SkippedSteps(self.loss_scale, self._schedules.skipped)
+        self._metrics = _LogMetrics(self._skips)
         self._clips: dict[Optimizer, tuple[GradClipAlgorithmType, float]] = {}
         self._grad_norm: Tensor | None = None
-        self._skipped_steps = 0
-        self._stuck_steps = 0
         self._warned = False
-        self._known_scale = self.loss_scale
         self._device_type = "cpu"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.precision!r})"
 
     # -- what a user may ask ------------------------------------------------------------------------------------
 
@@ -119,8 +119,8 @@ class MasterWeightPrecision(Precision):
     @property
     def skipped_steps(self) -> int:
         """How many steps were skipped because a gradient was not finite. On CUDA, asking waits for the device."""
-        self._learn_of_steps(wait=True)
-        return self._skipped_steps
+        self._skips.learn(wait=True)
+        return self._skips.total
 
     @property
     def grad_norm(self) -> float | None:
@@ -168,7 +168,7 @@ class MasterWeightPrecision(Precision):
         device = torch.device("cpu") if parameter is None else parameter.device
         self._device_type = device.type
         self._loss_scale.to(device)
-        self._known_scale, self._stuck_steps = self.loss_scale, 0
+        self._skips.scale, self._skips.stuck = self.loss_scale, 0
         for optimizer in optimizers:
             self._refuse(optimizer)
         for optimizer in optimizers:
@@ -195,7 +195,7 @@ class MasterWeightPrecision(Precision):
                 trainer.callbacks.remove(self._metrics)
         self._adopted = []
         self._clips.clear()
-        self._learn_of_steps(wait=True)
+        self._skips.learn(wait=True)
 
     def _refuse(self, optimizer: Any) -> None:
         name = type(optimizer).__name__
@@ -305,40 +305,23 @@ class MasterWeightPrecision(Precision):
             optimizer.step(**kwargs)
         finally:
             del optimizer.grad_scale, optimizer.found_inf, optimizer.clip_value
-        stuck = self._loss_scale.at_minimum
+        at_minimum = self._loss_scale.at_minimum
         self._loss_scale.update(found_inf)
-        number = torch.full_like(found_inf, self._adopted.index(optimizer))
-        self._mirror.send(torch.stack([found_inf, stuck.float(), number, self._loss_scale.scale]))
-        self._learn_of_steps()
+        self._skips.record(found_inf, at_minimum, self._loss_scale.scale, optimizer)
+        self._skips.learn()
         self._complain_if_stuck()
         return result
 
-    def _learn_of_steps(self, *, wait: bool = False) -> None:
-        """Take note of the steps that the host knows of by now."""
-        for found_inf, stuck, number, scale in self._mirror.arrived(wait=wait):
-            self._known_scale = scale
-            if not found_inf:
-                self._stuck_steps = 0
-                continue
-            self._skipped_steps += 1
-            if self._adopted:
-                self._schedules.skipped(self._adopted[int(number)])
-            self._stuck_steps = self._stuck_steps + 1 if stuck else 0
-
     def _complain_if_stuck(self) -> None:
         """Many skipped steps in a row and no lower scale to try: training is going nowhere."""
-        if self._stuck_steps == 0:
+        stuck = self._skips.stuck
+        if stuck == 0:
             self._warned = False
-        if self.error_after_skips is not None and self._stuck_steps >= self.error_after_skips:
+        elif self.error_after_skips is not None and stuck >= self.error_after_skips:
             raise RuntimeError(self._stuck_message())
-        if self.warn_after_skips is not None and self._stuck_steps >= self.warn_after_skips and not self._warned:
+        elif self.warn_after_skips is not None and stuck >= self.warn_after_skips and not self._warned:
             self._warned = True
             rank_zero_warn(self._stuck_message())
-
-    def _log_metrics(self, module: "pl.LightningModule") -> None:
-        """What the host knows by now; the tensors are on the CPU, so that logging them waits for nothing."""
-        for name, value in (("mpt/loss_scale", self._known_scale), ("mpt/skipped_steps", self._skipped_steps)):
-            module.log(name, torch.tensor(float(value)), on_step=True, on_epoch=False, prog_bar=True)
 
     def _stuck_message(self) -> str:
         assert self._converted is not None
@@ -349,7 +332,7 @@ class MasterWeightPrecision(Precision):
         ]
         listed = ", ".join(broken[:10]) + (f" and {len(broken) - 10} more" if len(broken) > 10 else "")
         return (
-            f"{self._stuck_steps} steps in a row were skipped: gradients are inf or NaN at loss scale "
+            f"{self._skips.stuck} steps in a row were skipped: gradients are inf or NaN at loss scale "
             f"{self.loss_scale:g}, which can fall no further. Not finite now: {listed or 'none'}. Look for inf or NaN "
             "in the data and the loss, lower the learning rate, or train in 'bf16-true', whose range is FP32's."
         )
@@ -363,18 +346,20 @@ class MasterWeightPrecision(Precision):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loss_scale.load_state_dict(state_dict["loss_scale"])
-        self._skipped_steps = state_dict["skipped_steps"]
+        self._skips.total = state_dict["skipped_steps"]
 
 
 class _LogMetrics(Callback):
     """`mpt/loss_scale` and `mpt/skipped_steps`, to the Trainer's logger and its progress bar."""
 
-    def __init__(self, plugin: MasterWeightPrecision) -> None:
-        self._plugin = plugin
+    def __init__(self, skips: SkippedSteps) -> None:
+        self._skips = skips
 
     @override
     def on_train_batch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *_: Any) -> None:
-        self._plugin._log_metrics(pl_module)
+        # What the host knows by now, as tensors on the CPU: logging them waits for nothing.
+        for name, value in (("mpt/loss_scale", self._skips.scale), ("mpt/skipped_steps", self._skips.total)):
+            pl_module.log(name, torch.tensor(float(value)), on_step=True, on_epoch=False, prog_bar=True)
 
 
 def _unwrapped(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
