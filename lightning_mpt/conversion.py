@@ -55,6 +55,7 @@ class ConvertedModule:
         self._dtype = dtype
         self._masters = masters
         self._buffers: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]] = {}
+        self._widened: set[nn.Parameter] = set()
         self._loading: dict[Tensor, Tensor] = {}
         self._decoded: dict[Tensor, tuple[int, weakref.ref[Tensor]]] = {}
         self._handles: list[Any] = []
@@ -101,6 +102,22 @@ class ConvertedModule:
         """The half parameters with their names, tied ones once."""
         return self._parameters
 
+    def widen_gradients(self) -> None:
+        """Half gradients that are about to be added to become FP32, so that small addends are not lost to rounding.
+
+        To be called before backward. Where there is no gradient yet, backward makes a half one.
+        """
+        for parameter in self._parameters:
+            gradient = parameter.grad
+            if gradient is None:
+                if parameter in self._widened and parameter.grad_dtype != parameter.dtype:
+                    parameter.grad_dtype = parameter.dtype
+            elif gradient.dtype in HALF_DTYPES and parameter.requires_grad:
+                parameter.grad = None
+                parameter.grad_dtype = torch.float32
+                parameter.grad = gradient.float()
+                self._widened.add(parameter)
+
     def restore(self) -> None:
         """Make the module FP32 again, with the values of the masters, and let go of it. Gradients are dropped."""
         for handle in self._handles:
@@ -109,7 +126,8 @@ class ConvertedModule:
             value = self._masters.read(parameter).to(parameter.device)
             parameter.grad = None
             parameter.data = value
-            parameter.grad_dtype = value.dtype
+            if parameter in self._widened:
+                parameter.grad_dtype = None  # any: the nearest there is to never having said it
             self._masters.drop(parameter)
         for (part, name), (original, half) in self._buffers.items():
             now = part._buffers[name]

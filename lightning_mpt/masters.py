@@ -71,7 +71,11 @@ class MasterWeights:
             return stored
         if entry.storage.name != storage.name or entry.stored.device != parameter.device:
             self.write(parameter, self.read(parameter).to(parameter.device), storage)
-        return self._entries[parameter].stored
+            return self._entries[parameter].stored
+        stored = ordered_like(entry.stored, dense(parameter.detach()))
+        if stored is not entry.stored:  # the parameter's memory format was changed
+            self._entries[parameter] = entry._replace(stored=stored)
+        return stored
 
     def stepped(self, parameter: Tensor) -> None:
         """The parameter as it is now is its master's rounding: their owner has updated both."""
@@ -82,7 +86,7 @@ class MasterWeights:
     def publish(self, parameter: Tensor) -> None:
         """Round a master that is stored in FP32, and was updated there, into the half weight."""
         weight = dense(parameter)
-        _round(self._entries[parameter].stored, weight)
+        _round(ordered_like(self._entries[parameter].stored, weight), weight)
         if weight is not parameter:
             parameter.copy_(weight)
         self.stepped(parameter)
@@ -103,7 +107,8 @@ class MasterWeights:
         if storage.dtype == torch.float32:
             return stored
         # Teardown moves parameters to the host before it asks; the result is made where the parameter is.
-        weight, stored = dense(parameter.detach()), stored.to(parameter.device)
+        weight = dense(parameter.detach())
+        stored = ordered_like(stored.to(parameter.device), weight)
         value = torch.empty_like(weight, dtype=torch.float32)
         length = piece_length([weight])
         scratch = torch.empty(length, dtype=torch.float32, device=weight.device)

@@ -17,6 +17,7 @@ from torch.optim import AdamW, Optimizer
 
 from .kernels.reference import GradientTransform, Slot, adamw_, scan_gradients
 from .masters import MasterWeights
+from .pieces import dense, ordered_like
 from .storage import HALF_DTYPES, MasterStorage, check_optimizer_state, master_storage
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -245,6 +246,10 @@ class MasterAdamW(MasterOptimizer, AdamW):
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             for name in MOMENTS if amsgrad else MOMENTS[:2]:
                 state[name] = torch.zeros_like(parameter, dtype=torch.float32)
+        weight = dense(parameter.detach())
+        for name in MOMENTS:
+            if name in state:  # as the weight lies now: its memory format may have changed, or theirs in a file
+                state[name] = ordered_like(state[name], weight)
         return Slot(
             weight=parameter.detach(),
             gradient=gradient,

@@ -27,16 +27,23 @@ def pieces(numel: int, length: int) -> Iterator[slice]:
 
 def dense(tensor: Tensor) -> Tensor:
     """`tensor` itself if its elements fill one stretch of memory, in whatever order; else a contiguous copy."""
-    if tensor.is_contiguous() or torch.empty_like(tensor, device="meta").stride() == tensor.stride():
+    if tensor.is_contiguous() or _same_order(tensor, torch.empty_like(tensor, device="meta")):
         return tensor
     return tensor.contiguous()
 
 
 def ordered_like(tensor: Tensor, pattern: Tensor) -> Tensor:
     """`tensor`, or a copy of it, with its elements in the order of `pattern`'s memory. Same shape, `pattern` dense."""
-    if tensor.stride() == pattern.stride():
+    if _same_order(tensor, pattern):
         return tensor
     return torch.empty_like(pattern, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def _same_order(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape run through memory alike; the stride of a single element says nothing."""
+    if a.stride() == b.stride():
+        return True
+    return all(size == 1 or x == y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True))
 
 
 def flat(tensor: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from .numerics import FP32Losses, default_dtype, fp32_sums
 from .optimizer import MasterAdamW
 from .schedules import HeldSchedules
 from .skips import SkippedSteps
-from .storage import HALF_DTYPES, check_optimizer_state, master_storage
+from .storage import check_optimizer_state, master_storage
 
 DTYPES = {"16-true": torch.float16, "bf16-true": torch.bfloat16}
 
@@ -242,7 +242,8 @@ class MasterWeightPrecision(Precision):
 
     @override
     def pre_backward(self, tensor: Tensor, module: "pl.LightningModule") -> Tensor:  # type: ignore[override]
-        self._widen_gradients()
+        assert self._converted is not None
+        self._converted.widen_gradients()
         # FP32 first: a scale of 2**16 is inf in float16.
         return super().pre_backward(tensor.float() * self._loss_scale.scale, module)
 
@@ -251,19 +252,6 @@ class MasterWeightPrecision(Precision):
         # Checkpointed modules run forward again here.
         with self.forward_context():
             super().backward(tensor, model, *args, **kwargs)
-
-    def _widen_gradients(self) -> None:
-        """Half gradients that are about to be added to become FP32, so that small addends are not lost to rounding."""
-        assert self._converted is not None
-        for parameter in self._converted.parameters:
-            gradient = parameter.grad
-            if gradient is None:
-                if parameter.grad_dtype != parameter.dtype:
-                    parameter.grad_dtype = parameter.dtype
-            elif gradient.dtype in HALF_DTYPES and parameter.requires_grad:
-                parameter.grad = None
-                parameter.grad_dtype = torch.float32
-                parameter.grad = gradient.float()
 
     # -- the step -----------------------------------------------------------------------------------------------
 

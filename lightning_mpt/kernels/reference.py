@@ -26,7 +26,11 @@ from ..storage import MasterStorage
 
 
 class Slot(NamedTuple):
-    """One parameter and all that its update reads and writes; all but `step` of the parameter's shape."""
+    """One parameter and all that its update reads and writes.
+
+    All but `step` have the parameter's shape. Master and moments are dense and run through memory as the weight does,
+    or, if that is not dense, as its contiguous copy.
+    """
 
     weight: Tensor
     """float16, bfloat16 or float32; written."""
@@ -101,7 +105,7 @@ def adamw_(
     for slot in slots:
         weight = dense(slot.weight)
         gradient = ordered_like(slot.gradient, weight)
-        # The moments and the master were made like the weight, so their memory runs in the same order.
+        # The moments and the master lie like the weight: their memory runs in the same order.
         state = [None if t is None else flat(t) for t in (slot.master, *slot[3:6])]
         for part in pieces(weight.numel(), length):
             w, g = flat(weight)[part], flat(gradient)[part]
