@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-LARGEST_PIECE = {"cpu": 2**18}
-"""Elements worked on at once: on a CPU, what its second-level cache holds; elsewhere `DEFAULT_PIECE`."""
+LARGEST_PIECE = {"cpu": 2**19}
+"""Elements worked on at once: on a CPU, what its caches hold; elsewhere `DEFAULT_PIECE`."""
 DEFAULT_PIECE = 2**22
 SMALLEST_PIECE = 2**12
 PIECES_PER_MODEL = 16
@@ -14,10 +14,10 @@ PIECES_PER_MODEL = 16
 
 
 def piece_length(tensors: Sequence[Tensor]) -> int:
-    """Elements to work on at once: what stays in the cache, is little beside the model, and fits the largest tensor."""
+    """Elements to work on at once: what stays in the cache, and is little beside the model."""
     sizes = [tensor.numel() for tensor in tensors]
     bound = LARGEST_PIECE.get(tensors[0].device.type, DEFAULT_PIECE)
-    return max(1, min(bound, max(SMALLEST_PIECE, sum(sizes) // PIECES_PER_MODEL), max(sizes)))
+    return max(1, min(bound, max(SMALLEST_PIECE, sum(sizes) // PIECES_PER_MODEL), sum(sizes)))
 
 
 def pieces(numel: int, length: int) -> Iterator[slice]:

@@ -12,10 +12,11 @@ For every weight, with master `w` (FP32), gradient `g` as backward left it, loss
 1412.6980, adds weight_decay w to g instead.) The middle three lines are torch's own fused step. What is ours is around
 it: the master is put together from its storage, the gradient is brought to FP32 *before* it is unscaled, since in fp16
 it would underflow again, and the new master is taken apart. All of that happens on a piece small enough to stay in the
-cache, so memory is read and written once, and no FP32 copy of a model, or of one embedding, ever exists.
+cache, so memory is read and written once, and no FP32 copy of a model, or of one embedding, ever exists. Parameters
+smaller than a piece share one, since every call on a tensor has a price.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -101,26 +102,75 @@ def adamw_(
         "found_inf": found_inf,
     }
     length = piece_length([slot.weight for slot in slots])
-    weights, gradients = torch.empty(2, length, dtype=torch.float32, device=slots[0].weight.device)
+    scratch = torch.empty(2, length, dtype=torch.float32, device=slots[0].weight.device)
+    for pack in _packs(slots, length):
+        _update(pack, storage, transform, fused, options, scratch)
+
+
+def _packs(slots: Sequence[Slot], length: int) -> Iterator[list[Slot]]:
+    """The same update as packs of flat slots: slices of a large parameter one by one, many small parameters together.
+
+    A pack has at most `length` elements, and its weights share a dtype, as do its gradients. It must be updated before
+    the next is asked for.
+    """
+    open_packs: dict[tuple[torch.dtype, torch.dtype], list[Slot]] = {}
+    room: dict[tuple[torch.dtype, torch.dtype], int] = {}
     for slot in slots:
         weight = dense(slot.weight)
-        gradient = ordered_like(slot.gradient, weight)
-        # The moments and the master lie like the weight: their memory runs in the same order.
-        state = [None if t is None else flat(t) for t in (slot.master, *slot[3:6])]
-        for part in pieces(weight.numel(), length):
-            w, g = flat(weight)[part], flat(gradient)[part]
-            stored, m, v, v_max = (None if t is None else t[part] for t in state)
-            assert m is not None
-            assert v is not None
-            scratch = gradients[: len(w)]
-            fp32 = w if stored is None else storage.decode(w, stored, weights[: len(w)], scratch)
-            maxima = [] if v_max is None else [v_max]
-            fused([fp32], [true_gradient(g, transform, scratch)], [m], [v], maxima, [slot.step],
-                  amsgrad=bool(maxima), **options)  # fmt: skip
-            if stored is not None:
-                storage.encode(fp32, w, stored, scratch)
-        if weight is not slot.weight:
-            slot.weight.copy_(weight)
+        numel = weight.numel()
+        tensors = (weight, ordered_like(slot.gradient, weight), *slot[2:6])
+        views = [None if tensor is None else flat(tensor) for tensor in tensors]
+        if weight is not slot.weight or numel > length // 4:
+            for part in pieces(numel, length):
+                yield [Slot._make([*(None if view is None else view[part] for view in views), slot.step])]
+            if weight is not slot.weight:
+                slot.weight.copy_(weight)
+        elif numel:
+            key = (weight.dtype, slot.gradient.dtype)
+            if room.get(key, 0) < numel:
+                if key in open_packs:
+                    yield open_packs[key]
+                open_packs[key], room[key] = [], length // 2  # gathering them takes some room too
+            open_packs[key].append(Slot._make([*views, slot.step]))
+            room[key] -= numel
+    yield from open_packs.values()
+
+
+def _update(
+    pack: list[Slot],
+    storage: MasterStorage,
+    transform: GradientTransform,
+    fused: Callable[..., None],
+    options: dict[str, Any],
+    scratch: Tensor,
+) -> None:
+    """Update a pack in place: flat slots of at most `scratch.shape[1]` elements together."""
+    sizes = [len(slot.weight) for slot in pack]
+    out, spare = scratch[0, : sum(sizes)], scratch[1, : sum(sizes)]
+    weights, gradients, stored, exp_avgs, exp_avg_sqs, maxima, steps = (
+        list(column) for column in zip(*pack, strict=True)
+    )
+    maxima = [] if maxima[0] is None else maxima
+    weight = _gathered(weights)
+    if stored[0] is None:
+        fp32 = weight
+        masters = weights
+    else:
+        together = _gathered(stored)
+        fp32 = storage.decode(weight, together, out, spare)
+        masters = list(fp32.split(sizes))
+    true = true_gradient(_gathered(gradients), transform, spare)
+    fused(masters, list(true.split(sizes)), exp_avgs, exp_avg_sqs, maxima, steps, amsgrad=bool(maxima), **options)
+    if stored[0] is not None:
+        storage.encode(fp32, weight, together, spare)
+        if len(pack) > 1:
+            torch._foreach_copy_(weights, list(weight.split(sizes)))
+            torch._foreach_copy_(stored, list(together.split(sizes)))
+
+
+def _gathered(tensors: list[Tensor]) -> Tensor:
+    """Flat tensors one after the other: the tensor itself if it is one, else a copy."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def true_gradient(gradient: Tensor, transform: GradientTransform, out: Tensor) -> Tensor:

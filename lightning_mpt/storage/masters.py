@@ -45,7 +45,8 @@ def round_to_half(master: Tensor, half: Tensor, scratch: Tensor) -> None:
     weight in 131072 is rounded the other way than by `Tensor.bfloat16()`, and is as near.
     """
     if half.dtype == torch.bfloat16:
-        bits = torch.add(master.view(torch.int32), 0x8000, out=scratch.view(torch.int32))
-        half.view(torch.int16).copy_(bits.bitwise_right_shift_(16))
+        # torch rounds ties to even. The last of the 16 bits to go breaks every tie upward, and changes nothing else.
+        torch.bitwise_or(master.view(torch.int32), 1, out=scratch.view(torch.int32))
+        half.copy_(scratch)
     else:
         half.copy_(master)
