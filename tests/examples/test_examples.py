@@ -31,7 +31,7 @@ def test_gpt_trains_and_ends_with_its_loss_and_the_memory_table(
     assert 0.0 < loss < math.log(256) + 0.1  # no worse than knowing nothing
     assert f"validation loss {loss:.4f}" in printed
     assert "activations" in printed
-    assert "bytes/parameter" in printed
+    assert "bytes per parameter" in printed
 
 
 def test_gpt_passes_its_options_on_to_the_plugin(capsys: pytest.CaptureFixture[str]) -> None:
