@@ -140,9 +140,10 @@ class DynamicLossScale:
     def update(self, found_inf: Tensor) -> None:
         overflow = found_inf != 0
         self._overflows_left = self._overflows_left - overflow.int()
-        backed_off = (self._scale * self.backoff_factor).clamp(min=self.min_scale)
+        exact = self._scale.double()  # rounded once, as GradScaler does
+        backed_off = (exact * self.backoff_factor).float().clamp(min=self.min_scale)
         clean_steps = torch.where(overflow, 0, self._growth_tracker + 1)
-        grown = self._scale * self.growth_factor
+        grown = (exact * self.growth_factor).float()
         grows = clean_steps == self.growth_interval
         self._scale = torch.where(
             overflow,

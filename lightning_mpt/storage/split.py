@@ -57,7 +57,8 @@ class SplitMasters:
             round_to_half(master, half, scratch)
             stored.copy_(master.view(torch.int32))  # the conversion keeps the lower 16 bits
             return
-        master.div_(FINEST_UNIT).round_().mul_(FINEST_UNIT)  # changes nothing from 2**-16 up
+        # To the grid, which changes nothing from 2**-16 up; and -0 becomes 0, since decoding it gives that.
+        master.div_(FINEST_UNIT).round_().mul_(FINEST_UNIT).add_(0.0)
         round_to_half(master, half, scratch)
         exponent = _biased_exponent(half, scratch.view(torch.int32))
         exponent.neg_().add_(FP32_EXPONENT_BIAS + UNIT_EXPONENT).bitwise_left_shift_(FP32_MANTISSA_LENGTH)
