@@ -54,7 +54,8 @@ class ConvertedModule:
         self.module = module
         self._dtype = dtype
         self._masters = masters
-        self._buffers: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]] = {}
+        self._buffers: dict[tuple[nn.Module, str], Tensor] = {}
+        """The FP32 value of every buffer that became half, on the host."""
         self._widened: set[nn.Parameter] = set()
         self._loading: dict[Tensor, Tensor] = {}
         self._decoded: dict[Tensor, tuple[int, weakref.ref[Tensor]]] = {}
@@ -129,10 +130,10 @@ class ConvertedModule:
             if parameter in self._widened:
                 parameter.grad_dtype = None  # any: the nearest there is to never having said it
             self._masters.drop(parameter)
-        for (part, name), (original, half) in self._buffers.items():
+        for (part, name), original in self._buffers.items():
             now = part._buffers[name]
             if now is not None and now.dtype in HALF_DTYPES:
-                part._buffers[name] = self._buffer_in_fp32(now, original, half)
+                part._buffers[name] = self._buffer_in_fp32(now, original)
         self._buffers, self._handles = {}, []
 
     def _check(self) -> None:
@@ -172,17 +173,17 @@ class ConvertedModule:
     def _convert_buffers(self, part: nn.Module) -> None:
         for name, buffer in part._buffers.items():
             if buffer is not None and buffer.is_floating_point():
-                # A mask of -1e9 must stay finite: it saturates.
-                limit = torch.finfo(self._dtype).max
-                fits = torch.where(buffer.isfinite(), buffer.clamp(-limit, limit), buffer)
-                half = fits.to(self._dtype)
-                self._buffers[part, name] = (buffer.cpu(), half.cpu())
-                part._buffers[name] = half
+                self._buffers[part, name] = buffer.cpu()
+                part._buffers[name] = self._saturated(buffer)
 
-    @staticmethod
-    def _buffer_in_fp32(now: Tensor, original: Tensor, half: Tensor) -> Tensor:
+    def _saturated(self, buffer: Tensor) -> Tensor:
+        """A buffer in half. A mask of -1e9 stays finite: it becomes the lowest half number."""
+        limit = torch.finfo(self._dtype).max
+        return torch.where(buffer.isfinite(), buffer.clamp(-limit, limit), buffer).to(self._dtype)
+
+    def _buffer_in_fp32(self, now: Tensor, original: Tensor) -> Tensor:
         """A buffer's FP32 value: the original one, unless training has written to the half one."""
-        unchanged = now.shape == half.shape and torch.equal(now.to(half), half)
+        unchanged = now.shape == original.shape and torch.equal(now.cpu(), self._saturated(original))
         return original.to(now.device) if unchanged else now.float()
 
     # -- the module's state_dict --------------------------------------------------------------------------------
@@ -193,7 +194,7 @@ class ConvertedModule:
                 state_dict[prefix + name] = self._decode(parameter)
         for name, buffer in part._buffers.items():
             if buffer is not None and (part, name) in self._buffers and prefix + name in state_dict:
-                state_dict[prefix + name] = self._buffer_in_fp32(buffer, *self._buffers[part, name])
+                state_dict[prefix + name] = self._buffer_in_fp32(buffer, self._buffers[part, name])
 
     def _decode(self, parameter: Tensor) -> Tensor:
         """The parameter's FP32 value; of a tied one the same tensor again, as in any state_dict, while it is in use."""

@@ -1,0 +1,122 @@
+"""FP32 sums and losses, and global switches that are afterwards what they were."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_mpt.numerics import LOSSES, FP32Losses, default_dtype, fp32_sums
+
+MATMUL = torch.backends.cuda.matmul
+
+
+def switches() -> tuple[Any, ...]:
+    return (
+        MATMUL.allow_fp16_reduced_precision_reduction,
+        MATMUL.allow_bf16_reduced_precision_reduction,
+        MATMUL.allow_fp16_accumulation,
+        torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed(),
+        torch.get_default_dtype(),
+    )
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_switches_are_off_within_and_what_they_were_afterwards(before: bool) -> None:
+    original = switches()
+    try:
+        MATMUL.allow_fp16_reduced_precision_reduction = before
+        MATMUL.allow_bf16_reduced_precision_reduction = before
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
+        state = switches()
+        with pytest.raises(ArithmeticError), default_dtype(torch.bfloat16), fp32_sums():  # noqa: PT012
+            assert switches() == (False, False, False, False, torch.bfloat16)
+            raise ArithmeticError
+        assert switches() == state
+    finally:
+        MATMUL.allow_fp16_reduced_precision_reduction = original[0]
+        MATMUL.allow_bf16_reduced_precision_reduction = original[1]
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(original[3])
+
+
+def half(*shape: int) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(len(shape))).clamp(0.01, 0.99).bfloat16()
+
+
+SIGNS = torch.tensor([1.0, -1.0, 1.0, -1.0])
+CALLS: dict[Callable[..., Tensor], tuple[Any, ...]] = {
+    F.binary_cross_entropy: (half(4), half(4)),
+    F.binary_cross_entropy_with_logits: (half(4), half(4)),
+    F.cosine_embedding_loss: (half(4, 3), half(4, 3).flip(0), SIGNS),
+    F.cross_entropy: (half(4, 3), torch.tensor([0, 1, 2, 0])),
+    F.ctc_loss: (
+        half(9, 2, 5).log_softmax(2),
+        torch.ones(2, 3, dtype=torch.long),
+        torch.tensor([9, 9]),
+        torch.tensor([3, 2]),
+    ),
+    F.gaussian_nll_loss: (half(4), half(4).flip(0), half(4)),
+    F.hinge_embedding_loss: (half(4), SIGNS.bfloat16()),
+    F.huber_loss: (half(4), half(4).flip(0)),
+    F.kl_div: (half(4).log(), half(4).flip(0), None, None, "batchmean"),
+    F.l1_loss: (half(4), half(4).flip(0)),
+    F.margin_ranking_loss: (half(4), half(4).flip(0), SIGNS.bfloat16()),
+    F.mse_loss: (half(4), half(4).flip(0)),
+    F.multi_margin_loss: (half(4, 3), torch.tensor([0, 1, 2, 0])),
+    F.multilabel_margin_loss: (half(4, 3), torch.tensor([[0, -1, -1]] * 4)),
+    F.multilabel_soft_margin_loss: (half(4, 3), half(4, 3).round()),
+    F.nll_loss: (half(4, 3).log(), torch.tensor([0, 1, 2, 0])),
+    F.poisson_nll_loss: (half(4), half(4).flip(0)),
+    F.smooth_l1_loss: (half(4), half(4).flip(0)),
+    F.soft_margin_loss: (half(4), SIGNS.bfloat16()),
+    F.triplet_margin_loss: (half(4, 3), half(4, 3).flip(0), half(4, 3).flip(1)),
+    F.triplet_margin_with_distance_loss: (half(4, 3), half(4, 3).flip(0), half(4, 3).flip(1)),
+}
+
+
+def test_every_loss_is_tried_here() -> None:
+    assert set(CALLS) == set(LOSSES)
+
+
+@pytest.mark.parametrize("loss", CALLS, ids=lambda loss: loss.__name__)
+def test_losses_of_half_tensors_are_the_fp32_ones(loss: Callable[..., Tensor]) -> None:
+    arguments = CALLS[loss]
+    with FP32Losses():
+        ours = loss(*arguments)
+    in_fp32 = [a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
+    assert ours.dtype == torch.float32
+    assert torch.equal(ours, loss(*in_fp32))
+
+
+def test_modules_and_keywords_too_and_gradients_come_back_half() -> None:
+    logits = half(4, 3).requires_grad_()
+    with FP32Losses():
+        loss = torch.nn.CrossEntropyLoss(weight=half(3), label_smoothing=0.1)(logits, torch.tensor([0, 1, 2, 0]))
+        keyword = F.mse_loss(input=logits, target=half(4, 3))
+    assert loss.dtype == keyword.dtype == torch.float32
+    (loss + keyword).backward()
+    assert logits.grad is not None
+    assert logits.grad.dtype == torch.bfloat16
+
+
+def test_nothing_else_is_touched() -> None:
+    with FP32Losses():
+        assert (half(3) @ half(3)).dtype == torch.bfloat16
+        assert half(4, 3).softmax(1).dtype == torch.bfloat16
+        assert F.layer_norm(half(4, 3), (3,)).dtype == torch.bfloat16
+    assert F.mse_loss(half(3), half(3)).dtype == torch.bfloat16
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own
+def test_losses_within_a_compiled_function_are_fp32() -> None:
+    @torch.compile
+    def compiled(x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(x * 2, y)
+
+    with FP32Losses():
+        loss = compiled(half(4, 3), torch.tensor([0, 1, 2, 0]))
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, F.cross_entropy((half(4, 3) * 2).float(), torch.tensor([0, 1, 2, 0])))
