@@ -320,10 +320,8 @@ def main(argv: Sequence[str] | None = None) -> float:
     trainer.fit(module, data)
     loss = trainer.callback_metrics["val_loss"].item()
     parameters = sum(parameter.numel() for parameter in module.parameters())
-    print(
-        f"{arguments.precision}: {arguments.steps} steps of {parameters:,} parameters, "
-        f"validation loss {loss:.4f} nats per byte ({loss / math.log(2):.3f} bits)"
-    )
+    print(f"{arguments.precision}: {arguments.steps} steps of {parameters:,} parameters")
+    print(f"validation loss {loss:.4f} nats per byte ({loss / math.log(2):.3f} bits)")
     return loss
 
 
