@@ -75,7 +75,9 @@ def test_the_peak_is_the_allocators_own() -> None:
     loop = gpt2()
     for i in range(2):
         loop.step(i)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profile:
         loop.step(2)
     nodes = list(profile.profiler.kineto_results.experimental_event_tree())
     totals, sizes = [], []
@@ -386,7 +388,7 @@ def test_wrong_counts_are_refused(options: dict, message: str) -> None:
 def test_a_second_recording_at_once_is_refused() -> None:
     loop = mlp()
     with (
-        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True),
         pytest.raises(RuntimeError, match="recording already"),
         MemoryRecorder(loop.module, loop.optimizer),
     ):
