@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from .kernels.reference import true_gradient
+from .kernels.gradients import true_gradient
 from .masters import MasterWeights
 from .optimizer import MasterOptimizer
 from .pieces import dense, flat

@@ -77,6 +77,11 @@ class MasterWeights:
             self._entries[parameter] = entry._replace(stored=stored)
         return stored
 
+    def holds(self, parameter: Tensor, stored: Tensor) -> bool:
+        """Whether `stored` is what keeps the parameter's master, up to date."""
+        entry = self._entries.get(parameter)
+        return entry is not None and entry.stored is stored and entry.version == parameter._version
+
     def stepped(self, parameter: Tensor) -> None:
         """The parameter as it is now is its master's rounding: their owner has updated both."""
         entry = self._entries[parameter]

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from .kernels.reference import GradientTransform, Slot, adamw_, scan_gradients
+from .kernels import Kernel, kernel_for
+from .kernels.slots import GradientTransform, Slot
 from .masters import MasterWeights
-from .pieces import dense, ordered_like
-from .storage import HALF_DTYPES, MasterStorage, check_optimizer_state, master_storage
-
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+from .pieces import dense
+from .state import MOMENTS, checked_state, moment, new_state, to_fp32
+from .storage import HALF_DTYPES, MasterStorage, MomentStorage, master_storage, moment_storage
 
 
 class MasterOptimizer(Optimizer):
@@ -68,7 +68,8 @@ class MasterOptimizer(Optimizer):
         found: list[Tensor] = []
         norms: list[Tensor] = []
         for _, on_device in groupby(sorted(gradients, key=_device_name), key=_device_name):
-            found_inf, part = scan_gradients(list(on_device), norm=norm)
+            same_device = list(on_device)
+            found_inf, part = self._kernel(same_device[0].device).scan_gradients(same_device, norm=norm)
             found.append(found_inf)
             norms += [] if part is None else [part]
         if not found:
@@ -84,6 +85,16 @@ class MasterOptimizer(Optimizer):
         for parameter, stored in self.masters:
             if parameter in owned:
                 yield "master_weights", stored, parameter
+
+    _kernels: dict[torch.device, Kernel]
+
+    def _kernel(self, device: torch.device) -> Kernel:
+        """What does the work on a device. A kernel keeps tables between steps: each optimizer has its own."""
+        kernels = self.__dict__.setdefault("_kernels", {})
+        if device not in kernels:
+            kernels[device] = kernel_for(device)
+        kernel: Kernel = kernels[device]
+        return kernel
 
     def _gradient_transform(self, device: torch.device) -> GradientTransform:
         scale, clip_value = getattr(self, "grad_scale", None), getattr(self, "clip_value", None)
@@ -138,16 +149,18 @@ class MasterAdamW(MasterOptimizer, AdamW):
         optimizer_state: str = "float32",
         masters: Iterable[Tensor] | None = None,
     ) -> None:
-        check_optimizer_state(optimizer_state)
         _check_settings({"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.storage: MasterStorage = master_storage(master_weights)
+        self.moments: MomentStorage = moment_storage(optimizer_state)
         self.masters = MasterWeights()
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize)
         if masters is not None:
             self._write_masters(list(masters))
 
     @classmethod
-    def adopt(cls, optimizer: Optimizer, masters: MasterWeights, master_weights: str) -> "MasterAdamW":
+    def adopt(
+        cls, optimizer: Optimizer, masters: MasterWeights, master_weights: str, optimizer_state: str = "float32"
+    ) -> "MasterAdamW":
         """Make this very `torch.optim.Adam` or `AdamW` object a MasterAdamW, until `release`.
 
         Its groups, state, hooks, schedulers and every reference to it stay what they are; the class changes.
@@ -156,6 +169,7 @@ class MasterAdamW(MasterOptimizer, AdamW):
             optimizer: of exactly the class Adam or AdamW. Adam keeps its weight decay in the gradient.
             masters: the masters of its parameters, shared by all that knows them.
             master_weights: how they are to be stored.
+            optimizer_state: how the moments are.
         """
         for group in optimizer.param_groups:
             _check_settings(group)
@@ -164,7 +178,8 @@ class MasterAdamW(MasterOptimizer, AdamW):
         adopted: MasterAdamW = optimizer  # type: ignore[assignment]
         adopted._adopted_class = type(optimizer)
         adopted.__class__ = cls
-        adopted.storage, adopted.masters, adopted.masters_in_module = master_storage(master_weights), masters, True
+        adopted.storage, adopted.moments = master_storage(master_weights), moment_storage(optimizer_state)
+        adopted.masters, adopted.masters_in_module = masters, True
         adopted._patch_step_function()
         for parameter in adopted.parameters():
             if parameter.dtype in HALF_DTYPES:
@@ -175,8 +190,12 @@ class MasterAdamW(MasterOptimizer, AdamW):
 
     def release(self) -> None:
         """Be the optimizer again that was adopted."""
+        for parameter, state in self.state.items():
+            self.state[parameter] = to_fp32(state, self.moments)
+        for name in ("_kernels", "_slots"):
+            self.__dict__.pop(name, None)
         self.__class__ = self.__dict__.pop("_adopted_class")
-        del self.storage, self.masters, self.masters_in_module
+        del self.storage, self.moments, self.masters, self.masters_in_module
         self._patch_step_function()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -202,6 +221,8 @@ class MasterAdamW(MasterOptimizer, AdamW):
         self._opt_called = True  # asked by LRScheduler, for its advice on the order of calls
         for group in self.param_groups:
             with_gradients = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in with_gradients:
+                _refuse_sparse(parameter.grad)
             for _, parameters in groupby(sorted(with_gradients, key=_device_name), key=_device_name):
                 self._step(group, list(parameters))
         return loss
@@ -219,9 +240,11 @@ class MasterAdamW(MasterOptimizer, AdamW):
         slots = [self._slot(parameter, group["amsgrad"]) for parameter in parameters]
         torch._foreach_add_([slot.step for slot in slots], 1 if found_inf is None else 1 - (found_inf != 0).float())
         lr = group["lr"]
-        adamw_(
+        self._kernel(device).adamw_(
             slots,
+            [parameter.grad for parameter in parameters if parameter.grad is not None],
             self.storage,
+            self.moments,
             self._gradient_transform(device),
             lr=lr.to(device, non_blocking=True) if isinstance(lr, Tensor) else lr,
             betas=group["betas"],
@@ -235,28 +258,45 @@ class MasterAdamW(MasterOptimizer, AdamW):
             if slot.master is not None:
                 self.masters.stepped(parameter)
 
+    _slots: dict[Tensor, Slot]
+
     def _slot(self, parameter: Tensor, amsgrad: bool) -> Slot:
         """All that the parameter's update needs; its state is made where there is none yet."""
-        gradient = parameter.grad
-        assert gradient is not None
-        _refuse_sparse(gradient)
+        slots = self.__dict__.setdefault("_slots", {})
+        known = slots.get(parameter)
+        if known is None or not self._still_holds(known, parameter, amsgrad):
+            known = slots[parameter] = self._new_slot(parameter, amsgrad)
+        slot: Slot = known
+        return slot
+
+    def _still_holds(self, slot: Slot, parameter: Tensor, amsgrad: bool) -> bool:
+        """Whether a slot of an earlier step is still what `_new_slot` would make."""
+        state = self.state.get(parameter, {})
+        return (
+            slot.weight.data_ptr() == parameter.data_ptr()
+            and slot.weight.stride() == parameter.stride()
+            and (slot.master is None or self.masters.holds(parameter, slot.master))
+            and state.get("step") is slot.step
+            and state.get("exp_avg") is slot.exp_avg.codes
+            and state.get("exp_avg_sq") is slot.exp_avg_sq.codes
+            and (slot.max_exp_avg_sq is not None) == amsgrad
+            and (slot.max_exp_avg_sq is None or state.get("max_exp_avg_sq") is slot.max_exp_avg_sq.codes)
+        )
+
+    def _new_slot(self, parameter: Tensor, amsgrad: bool) -> Slot:
         state = self.state[parameter]
-        if not state:
-            # On the parameter's device, where the kernel reads it: no wait, and fit for a CUDA graph.
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            for name in MOMENTS if amsgrad else MOMENTS[:2]:
-                state[name] = torch.zeros_like(parameter, dtype=torch.float32)
         weight = dense(parameter.detach())
-        for name in MOMENTS:
-            if name in state:  # as the weight lies now: its memory format may have changed, or theirs in a file
-                state[name] = ordered_like(state[name], weight)
+        if not state:
+            state.update(new_state(parameter, weight, self.moments, amsgrad=amsgrad))
+        exp_avg, exp_avg_sq, *maximum = (
+            moment(state, name, weight, self.moments) for name in (MOMENTS if amsgrad else MOMENTS[:2])
+        )
         return Slot(
             weight=parameter.detach(),
-            gradient=gradient,
             master=self.masters.claim(parameter, self.storage) if parameter.dtype in HALF_DTYPES else None,
-            exp_avg=state["exp_avg"],
-            exp_avg_sq=state["exp_avg_sq"],
-            max_exp_avg_sq=state["max_exp_avg_sq"] if amsgrad else None,
+            exp_avg=exp_avg,
+            exp_avg_sq=exp_avg_sq,
+            max_exp_avg_sq=maximum[0] if maximum else None,
             step=state["step"],
         )
 
@@ -286,9 +326,12 @@ class MasterAdamW(MasterOptimizer, AdamW):
     def state_dict(self) -> dict[str, Any]:
         """What AdamW would save; and, used without the plugin, each master (float32) as `"master"`."""
         state_dict = super().state_dict()
+        # The packed entries are the live ones: new ones are made here.
+        state = state_dict["state"] = {
+            index: to_fp32(entry, self.moments) if isinstance(entry, dict) else entry
+            for index, entry in state_dict["state"].items()
+        }
         if not self.masters_in_module:
-            # The packed entries are the live ones: copied before they are added to.
-            state = state_dict["state"] = dict(state_dict["state"])
             for index, parameter in enumerate(self.parameters()):
                 if parameter.dtype in HALF_DTYPES:
                     state[index] = {**state.get(index, {}), "master": self.masters.read(parameter)}
@@ -307,7 +350,7 @@ class MasterAdamW(MasterOptimizer, AdamW):
         loaded = {}
         for parameter, saved_id in zip(parameters, saved_ids, strict=False):
             if saved_id in state_dict["state"]:
-                loaded[parameter] = _checked_state(state_dict["state"][saved_id], parameter, saved_id)
+                loaded[parameter] = checked_state(state_dict["state"][saved_id], parameter, saved_id)
         # Not torch's own way for the state: it would cast it to the parameters' half.
         super().load_state_dict({**state_dict, "state": {}})
         for parameter, state in loaded.items():
@@ -321,28 +364,13 @@ class MasterAdamW(MasterOptimizer, AdamW):
                     name: torch.as_tensor(value, dtype=torch.float32).to(parameter.device, copy=True)
                     for name, value in state.items()
                 }
+                for name in MOMENTS:  # encoded one by one, so that FP32 copies of all are never there together
+                    if name in state:
+                        moment(self.state[parameter], name, dense(parameter.detach()), self.moments)
 
     def __getstate__(self) -> dict[str, Any]:
-        mine = {name: self.__dict__[name] for name in ("storage", "masters")}
+        mine = {name: self.__dict__[name] for name in ("storage", "moments", "masters")}
         return {**super().__getstate__(), **mine}
-
-
-def _checked_state(state: dict[str, Any], parameter: Tensor, saved_id: Any) -> dict[str, Any]:
-    """A shallow copy of one parameter's saved state; ValueError if it is not AdamW's or does not fit."""
-    if set(state) != {"master"}:
-        missing = [name for name in ("step", *MOMENTS[:2]) if name not in state]
-        if missing:
-            raise ValueError(
-                f"The saved state of parameter {saved_id!r} has {sorted(state)} and lacks {missing}: "
-                "load a state_dict of AdamW, Adam or MasterAdamW."
-            )
-    for name in (*MOMENTS, "master"):
-        if name in state and state[name].shape != parameter.shape:
-            raise ValueError(
-                f"The saved {name} of parameter {saved_id!r} has shape {tuple(state[name].shape)} and the parameter "
-                f"{tuple(parameter.shape)}: load the state of the same model."
-            )
-    return dict(state)
 
 
 def _check_settings(settings: Mapping[str, Any]) -> None:
@@ -372,8 +400,8 @@ def _check_parameters(parameters: Iterable[Tensor]) -> None:
             )
 
 
-def _refuse_sparse(gradient: Tensor) -> None:
-    if gradient.layout != torch.strided:
+def _refuse_sparse(gradient: Tensor | None) -> None:
+    if gradient is not None and gradient.layout != torch.strided:
         raise RuntimeError(
             f"A gradient has the layout {gradient.layout}; the update takes dense ones only: use sparse=False in "
             "nn.Embedding or nn.EmbeddingBag."

@@ -6,18 +6,26 @@ import torch
 from torch import Tensor
 
 LARGEST_PIECE = {"cpu": 2**19}
-"""Elements worked on at once: on a CPU, what its caches hold; elsewhere `DEFAULT_PIECE`."""
+"""Elements worked on at once with two rows of scratch: on a CPU, what its caches hold; elsewhere `DEFAULT_PIECE`."""
 DEFAULT_PIECE = 2**22
 SMALLEST_PIECE = 2**12
-PIECES_PER_MODEL = 16
-"""A piece takes some 8 bytes of scratch an element: a sixteenth of the model at most is under 5 % of its state."""
+PIECES_PER_MODEL_AND_ROW = 12
+"""A row of scratch takes 4 bytes an element. So all rows together take a third of a byte for each of the model's
+parameters, under 5 % of the smallest state."""
 
 
-def piece_length(tensors: Sequence[Tensor]) -> int:
-    """Elements to work on at once: what stays in the cache, and is little beside the model."""
-    sizes = [tensor.numel() for tensor in tensors]
-    bound = LARGEST_PIECE.get(tensors[0].device.type, DEFAULT_PIECE)
-    return max(1, min(bound, max(SMALLEST_PIECE, sum(sizes) // PIECES_PER_MODEL), sum(sizes)))
+def piece_length(tensors: Sequence[Tensor], rows: int = 2, multiple: int = 1) -> int:
+    """Elements to work on at once: what stays in the cache, and is little beside the model.
+
+    Args:
+        tensors: all that is to be worked on.
+        rows: how many float32 tensors of that length the work needs.
+        multiple: what the length must be a whole multiple of.
+    """
+    total = sum(tensor.numel() for tensor in tensors)
+    bound = LARGEST_PIECE.get(tensors[0].device.type, DEFAULT_PIECE) * 2 // rows
+    length = max(1, min(bound, max(SMALLEST_PIECE, total // (PIECES_PER_MODEL_AND_ROW * rows)), total))
+    return -(-length // multiple) * multiple
 
 
 def pieces(numel: int, length: int) -> Iterator[slice]:

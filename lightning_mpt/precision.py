@@ -34,7 +34,7 @@ from .numerics import FP32Losses, default_dtype, fp32_sums
 from .optimizer import MasterAdamW
 from .schedules import HeldSchedules
 from .skips import SkippedSteps
-from .storage import check_optimizer_state, master_storage
+from .storage import master_storage, moment_storage
 
 DTYPES = {"16-true": torch.float16, "bf16-true": torch.bfloat16}
 
@@ -92,7 +92,7 @@ class MasterWeightPrecision(Precision):
         self._dtype = DTYPES[precision]
         self._loss_scale = make_loss_scale(loss_scale, self._dtype)
         self._master_weights = master_storage(master_weights).name
-        check_optimizer_state(optimizer_state)
+        self._optimizer_state = moment_storage(optimizer_state).name
         self._fp32_modules = _module_types(fp32_modules)
         self._autocast = autocast
         self._masters = MasterWeights()
@@ -173,7 +173,9 @@ class MasterWeightPrecision(Precision):
             self._refuse(optimizer)
         for optimizer in optimizers:
             if type(optimizer) in (Adam, AdamW):
-                self._adopted.append(MasterAdamW.adopt(optimizer, self._masters, self._master_weights))
+                self._adopted.append(
+                    MasterAdamW.adopt(optimizer, self._masters, self._master_weights, self._optimizer_state)
+                )
             else:
                 self._adopted.append(bridge(optimizer, self._masters))
         if optimizers:

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_mpt.storage import MASTER_STORAGES, MasterStorage, check_optimizer_state, master_storage
+from lightning_mpt.storage import MASTER_STORAGES, MasterStorage, master_storage, moment_storage
+from lightning_mpt.storage.dither import offset, ramp
 
 HALVES = (torch.bfloat16, torch.float16)
 SMALLEST_EXACT = 2.0**-16
@@ -92,9 +93,10 @@ def nearest_half(master: Tensor, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", sorted(MASTER_STORAGES))
 def test_the_half_weight_is_the_nearest(name: str, dtype: torch.dtype) -> None:
-    exact = bit_patterns(2**18) if dtype == torch.bfloat16 else fp16_range(2**18, SMALLEST_EXACT)
-    half, _ = encode(master_storage(name), exact, dtype)
-    assert torch.equal(half, nearest_half(exact, dtype))
+    """To the master as it is stored: an exact one is the FP32 value."""
+    values = bit_patterns(2**18) if dtype == torch.bfloat16 else fp16_range(2**18, SMALLEST_EXACT)
+    half, stored = encode(master_storage(name), values, dtype)
+    assert torch.equal(half, nearest_half(decode(master_storage(name), half, stored), dtype))
 
 
 def test_split_and_float32_round_alike_in_bf16() -> None:
@@ -126,4 +128,32 @@ def test_an_unknown_storage_is_named_with_those_that_exist(name: object) -> None
     with pytest.raises(ValueError, match=r"master_weights=.* is not a way to store master weights.*'float32', 'split'"):
         master_storage(name)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"optimizer_state=.* is not a way to store the moments.*'float32'"):
-        check_optimizer_state(name)  # type: ignore[arg-type]
+        moment_storage(name)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dither", [None, 0, -1, 0x7FFFFFFF], ids=["nearest", "down", "up", "half"])
+@pytest.mark.parametrize(("dtype", "ulp"), [(torch.bfloat16, 2.0**-7), (torch.float16, 2.0**-10)], ids=str)
+def test_split8_is_off_by_no_more_than_it_says(dtype: torch.dtype, ulp: float, dither: int | None) -> None:
+    """Half a code to nearest, a code with dither; in fp16 twice that, about its ties and above powers of two."""
+    master = fp16_range(2**18, 2.0**-14)
+    half, stored = torch.empty_like(master, dtype=dtype), torch.empty_like(master, dtype=torch.int8)
+    thresholds = None if dither is None else torch.full(master.shape, dither, dtype=torch.int32)
+    master_storage("split8").encode(master.clone(), half, stored, torch.empty_like(master), thresholds)
+    error = decode(master_storage("split8"), half, stored).double() - master
+    code = ulp * 2.0 ** (torch.frexp(master).exponent - 1).double() / 256
+    to_nearest = 0.5 if dither in (None, 0x7FFFFFFF) else 1.0
+    assert (error.abs() / code).max() <= to_nearest * (1 if dtype == torch.bfloat16 else 2)
+    assert (error.abs() / code).median() <= 0.51 * to_nearest
+
+
+def test_dither_makes_lossy_masters_right_on_average() -> None:
+    for dtype in HALVES:
+        master = fp16_range(2**12, 2.0**-10)
+        total = torch.zeros_like(master, dtype=torch.float64)
+        for step in range(256):
+            half, stored = torch.empty_like(master, dtype=dtype), torch.empty_like(master, dtype=torch.int8)
+            thresholds = ramp(len(master), master.device) + offset(0, torch.tensor(float(step)))
+            master_storage("split8").encode(master.clone(), half, stored, torch.empty_like(master), thresholds)
+            total += decode(master_storage("split8"), half, stored)
+        error = (total / 256 - master) / master
+        assert error.abs().median() <= 2.0**-22  # a 64th of what single ones are off by

@@ -10,8 +10,8 @@ For every weight, with master `w` (FP32), gradient `g` as backward left it, loss
 
 (Loshchilov and Hutter, arXiv 1711.05101, over the master weights of Micikevicius et al., arXiv 1710.03740. Adam, arXiv
 1412.6980, adds weight_decay w to g instead.) The middle three lines are torch's own fused step. What is ours is around
-it: the master is put together from its storage, the gradient is brought to FP32 *before* it is unscaled, since in fp16
-it would underflow again, and the new master is taken apart. All of that happens on a piece small enough to stay in the
+it: master and moments are decoded from their storage, the gradient is brought to FP32 *before* it is unscaled, since in
+fp16 it would underflow again, and what is new is encoded. All of that happens on a piece small enough to stay in the
 cache, so memory is read and written once, and no FP32 copy of a model, or of one embedding, ever exists. Parameters
 smaller than a piece share one, since every call on a tensor has a price.
 """
@@ -23,48 +23,20 @@ import torch
 from torch import Tensor
 
 from ..pieces import dense, flat, ordered_like, piece_length, pieces
-from ..storage import MasterStorage
+from ..storage import MasterStorage, Moment, MomentStorage
+from ..storage.dither import STREAM_STRIDE, offset, ramp, signed
+from ..storage.moments import blocks
+from .gradients import scan_gradients, true_gradient
+from .slots import GradientTransform, Slot
 
-
-class Slot(NamedTuple):
-    """One parameter and all that its update reads and writes.
-
-    All but `step` have the parameter's shape. Master and moments are dense and run through memory as the weight does,
-    or, if that is not dense, as its contiguous copy.
-    """
-
-    weight: Tensor
-    """float16, bfloat16 or float32; written."""
-    gradient: Tensor
-    """Any floating dtype, still scaled; only read."""
-    master: Tensor | None
-    """As the storage keeps it; written. None where the weight is float32 and so its own master."""
-    exp_avg: Tensor
-    """float32; written."""
-    exp_avg_sq: Tensor
-    """float32; written."""
-    max_exp_avg_sq: Tensor | None
-    """float32; written. Of AMSGrad, else None."""
-    step: Tensor
-    """Number of steps, this one included: float32, no dimensions, on the weight's device; only read."""
-
-
-class GradientTransform(NamedTuple):
-    """What makes a true gradient of what backward left."""
-
-    multiplier: Tensor | float = 1.0
-    """The clip coefficient over the loss scale: a number, or float32 without dimensions on the gradients' device."""
-    clip_value: float | None = None
-    """Largest magnitude of an element of the true gradient."""
-
-    @property
-    def is_identity(self) -> bool:
-        return isinstance(self.multiplier, float) and self.multiplier == 1.0 and self.clip_value is None
+__all__ = ["adamw_", "scan_gradients"]
 
 
 def adamw_(
     slots: Sequence[Slot],
+    gradients: Sequence[Tensor],
     storage: MasterStorage,
+    moments: MomentStorage,
     transform: GradientTransform,
     *,
     lr: float | Tensor,
@@ -78,19 +50,26 @@ def adamw_(
     """Update every slot in place. All tensors are on one device.
 
     Args:
-        slots: the parameters of one group; none has elements of a sparse layout.
+        slots: the parameters of one group.
+        gradients: one for each, of any floating dtype, dense in layout, still scaled; only read.
         storage: how the masters of the half weights are stored.
-        transform: applied to the gradients in FP32; the gradients themselves are not changed.
+        moments: how all moments are.
+        transform: applied to the gradients in FP32.
         lr: learning rate; a tensor (float32, one element) is read on its device.
         betas: decay rates of the first and the second moment.
         eps: added to the root of the second moment.
         weight_decay: factor of the master that is taken off the master (`decoupled`) or added to the gradient.
         decoupled: AdamW rather than Adam with L2 regularization.
         maximize: ascend.
-        found_inf: float32, one element. Where it is not zero nothing changes, bit for bit; it is read on the device.
+        found_inf: float32, one element. Where it is not zero nothing changes, bit for bit.
     """
     if not slots:
         return
+    lossy = not (storage.exact and moments.exact)
+    if lossy and found_inf is not None:
+        if bool(found_inf):  # waits for the device: the kernel for CUDA does not
+            return
+        found_inf = None
     fused = torch._fused_adamw_ if decoupled else torch._fused_adam_
     options: dict[str, Any] = {
         "lr": lr,
@@ -101,130 +80,183 @@ def adamw_(
         "maximize": maximize,
         "found_inf": found_inf,
     }
-    length = piece_length([slot.weight for slot in slots])
-    scratch = torch.empty(2, length, dtype=torch.float32, device=slots[0].weight.device)
-    for pack in _packs(slots, length):
-        _update(pack, storage, transform, fused, options, scratch)
+    moment_rows = 0 if moments.exact else 2 + (slots[0].max_exp_avg_sq is not None)
+    rows = 2 + lossy + moment_rows + max(0, moments.scratch_rows - 2)
+    length = piece_length([slot.weight for slot in slots], rows, moments.block)
+    device = slots[0].weight.device
+    scratch = torch.empty(rows, length, dtype=torch.float32, device=device)
+    dither = ramp(length, device) if lossy else None
+    for pack in _packs(slots, gradients, length, moments.block):
+        _update(pack, storage, moments, transform, fused, options, scratch, dither)
 
 
-def _packs(slots: Sequence[Slot], length: int) -> Iterator[list[Slot]]:
-    """The same update as packs of flat slots: slices of a large parameter one by one, many small parameters together.
+class _Part(NamedTuple):
+    """A stretch of a parameter's memory. All tensors are flat."""
 
-    A pack has at most `length` elements, and its weights share a dtype, as do its gradients. It must be updated before
-    the next is asked for.
+    weight: Tensor
+    gradient: Tensor
+    master: Tensor | None
+    moments: list[Moment]
+    step: Tensor
+    start: int
+    """The index of its first element within the parameter: a whole number of blocks."""
+
+
+def _packs(slots: Sequence[Slot], gradients: Sequence[Tensor], length: int, block: int) -> Iterator[list[_Part]]:
+    """The same update as packs of parts: pieces of a large parameter one by one, many small parameters together.
+
+    A pack has at most `length` elements, each part filled up to whole blocks, and its weights share a dtype, as do its
+    gradients. It must be updated before the next is asked for.
     """
-    open_packs: dict[tuple[torch.dtype, torch.dtype], list[Slot]] = {}
+    open_packs: dict[tuple[torch.dtype, torch.dtype], list[_Part]] = {}
     room: dict[tuple[torch.dtype, torch.dtype], int] = {}
-    for slot in slots:
+    for slot, gradient in zip(slots, gradients, strict=True):
         weight = dense(slot.weight)
+        gradient = ordered_like(gradient, weight)
         numel = weight.numel()
-        tensors = (weight, ordered_like(slot.gradient, weight), *slot[2:6])
-        views = [None if tensor is None else flat(tensor) for tensor in tensors]
         if weight is not slot.weight or numel > length // 4:
-            for part in pieces(numel, length):
-                yield [Slot._make([*(None if view is None else view[part] for view in views), slot.step])]
+            for piece in pieces(numel, length):
+                yield [_part(slot, weight, gradient, piece, block)]
             if weight is not slot.weight:
                 slot.weight.copy_(weight)
         elif numel:
-            key = (weight.dtype, slot.gradient.dtype)
-            if room.get(key, 0) < numel:
+            key = (weight.dtype, gradient.dtype)
+            size = blocks(numel, block) * block
+            if room.get(key, 0) < size:
                 if key in open_packs:
                     yield open_packs[key]
                 open_packs[key], room[key] = [], length // 2  # gathering them takes some room too
-            open_packs[key].append(Slot._make([*views, slot.step]))
-            room[key] -= numel
+            open_packs[key].append(_part(slot, weight, gradient, slice(0, numel), block))
+            room[key] -= size
     yield from open_packs.values()
 
 
+def _part(slot: Slot, weight: Tensor, gradient: Tensor, piece: slice, block: int) -> _Part:
+    def moment(stored: Moment) -> Moment:
+        scales = stored.scales
+        if scales is not None:
+            scales = scales[piece.start // block : blocks(piece.stop, block)]
+        return Moment(flat(stored.codes)[piece], scales)
+
+    return _Part(
+        flat(weight)[piece],
+        flat(gradient)[piece],
+        None if slot.master is None else flat(slot.master)[piece],
+        [moment(stored) for stored in slot.moments],
+        slot.step,
+        piece.start,
+    )
+
+
+class _Layout:
+    """How the parts of a pack lie one after the other, each filled up to whole blocks."""
+
+    def __init__(self, sizes: list[int], block: int) -> None:
+        self._sizes = sizes
+        self._filled = [blocks(size, block) * block for size in sizes]
+        self.length = sum(self._filled)
+
+    def gathered(self, tensors: list[Tensor]) -> Tensor:
+        """The flat tensors together: the one itself if it is alone and fills its blocks, else a copy, filled with 0."""
+        if self._filled == self._sizes:
+            return _joined(tensors)
+        filled: list[Tensor] = []
+        for tensor, size, room in zip(tensors, self._sizes, self._filled, strict=True):
+            filled += [tensor, tensor.new_zeros(room - size)]
+        return torch.cat(filled)
+
+    def views(self, together: Tensor) -> list[Tensor]:
+        """The parts of what lies together."""
+        parts = together.split(self._filled)
+        return [part[:size] for part, size in zip(parts, self._sizes, strict=True)]
+
+    def scatter(self, together: Tensor, tensors: list[Tensor]) -> None:
+        """Copy the parts back, if `gathered` made a copy."""
+        if together is not tensors[0]:
+            torch._foreach_copy_(tensors, self.views(together))
+
+
 def _update(
-    pack: list[Slot],
+    pack: list[_Part],
     storage: MasterStorage,
+    moments: MomentStorage,
     transform: GradientTransform,
     fused: Callable[..., None],
     options: dict[str, Any],
     scratch: Tensor,
+    ramp: Tensor | None,
 ) -> None:
-    """Update a pack in place: flat slots of at most `scratch.shape[1]` elements together."""
-    sizes = [len(slot.weight) for slot in pack]
-    out, spare = scratch[0, : sum(sizes)], scratch[1, : sum(sizes)]
-    weights, gradients, stored, exp_avgs, exp_avg_sqs, maxima, steps = (
-        list(column) for column in zip(*pack, strict=True)
-    )
-    maxima = [] if maxima[0] is None else maxima
-    weight = _gathered(weights)
-    if stored[0] is None:
-        fp32 = weight
-        masters = weights
+    """Update a pack in place."""
+    layout = _Layout([len(part.weight) for part in pack], moments.block)
+    rows = list(scratch[:, : layout.length])
+    thresholds = None if ramp is None else _thresholds(pack, layout, rows.pop(), ramp)
+    decoded = [
+        _DecodedMoment(moments, list(stored), layout, rows, signed=index == 0)
+        for index, stored in enumerate(zip(*(part.moments for part in pack), strict=True))
+    ]
+    out, spare = rows[:2]
+
+    weights = [part.weight for part in pack]
+    weight = layout.gathered(weights)
+    half = pack[0].master is not None
+    if half:
+        masters = [part.master for part in pack if part.master is not None]
+        master = layout.gathered(masters)
+        fp32 = storage.decode(weight, master, out, spare)
     else:
-        together = _gathered(stored)
-        fp32 = storage.decode(weight, together, out, spare)
-        masters = list(fp32.split(sizes))
-    true = true_gradient(_gathered(gradients), transform, spare)
-    fused(masters, list(true.split(sizes)), exp_avgs, exp_avg_sqs, maxima, steps, amsgrad=bool(maxima), **options)
-    if stored[0] is not None:
-        storage.encode(fp32, weight, together, spare)
-        if len(pack) > 1:
-            torch._foreach_copy_(weights, list(weight.split(sizes)))
-            torch._foreach_copy_(stored, list(together.split(sizes)))
+        fp32 = weight
+    true = true_gradient(layout.gathered([part.gradient for part in pack]), transform, spare)
+    values = [moment.values for moment in decoded]
+    maxima = values[2] if len(values) == 3 else []
+    steps = [part.step for part in pack]
+    fused(layout.views(fp32), layout.views(true), values[0], values[1], maxima, steps, amsgrad=bool(maxima), **options)
+    if half:
+        storage.encode(fp32, weight, master, spare, thresholds)
+        layout.scatter(master, masters)
+    layout.scatter(weight, weights)
+    for moment in decoded:
+        moment.encode(rows, thresholds)
 
 
-def _gathered(tensors: list[Tensor]) -> Tensor:
-    """Flat tensors one after the other: the tensor itself if it is one, else a copy."""
+class _DecodedMoment:
+    """A moment of all parts of a pack in FP32. Takes its row of scratch from the end of `rows`."""
+
+    def __init__(
+        self, storage: MomentStorage, stored: list[Moment], layout: _Layout, rows: list[Tensor], *, signed: bool
+    ) -> None:
+        self._storage, self._layout, self._stored, self._signed = storage, layout, stored, signed
+        if storage.exact:
+            self.values = [moment.codes for moment in stored]
+            return
+        self._together = Moment(layout.gathered([moment.codes for moment in stored]))
+        if storage.block > 1:
+            self._together = self._together._replace(scales=_joined(self._scales))
+        self._fp32 = storage.decode(self._together, rows.pop(), signed=signed)
+        self.values = layout.views(self._fp32)
+
+    @property
+    def _scales(self) -> list[Tensor]:
+        return [moment.scales for moment in self._stored if moment.scales is not None]
+
+    def encode(self, scratch: list[Tensor], thresholds: Tensor | None) -> None:
+        """Store what the values have become. Moves on the thresholds."""
+        if self._storage.exact:
+            return
+        if thresholds is not None:
+            thresholds.add_(signed(STREAM_STRIDE))
+        self._storage.encode(self._fp32, self._together, scratch, thresholds, signed=self._signed)
+        self._layout.scatter(self._together.codes, [moment.codes for moment in self._stored])
+        if self._together.scales is not None and len(self._stored) > 1:
+            torch._foreach_copy_(self._scales, list(self._together.scales.split([len(one) for one in self._scales])))
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-def true_gradient(gradient: Tensor, transform: GradientTransform, out: Tensor) -> Tensor:
-    """The gradient (flat, any floating dtype) unscaled and clipped in FP32: in `out`, or itself if nothing is to do."""
-    if gradient.dtype == torch.float32 and transform.is_identity:
-        return gradient
-    out.copy_(gradient)
-    if not (isinstance(transform.multiplier, float) and transform.multiplier == 1.0):
-        out.mul_(transform.multiplier)
-    if transform.clip_value is not None:
-        out.clamp_(-transform.clip_value, transform.clip_value)
-    return out
-
-
-def scan_gradients(gradients: Sequence[Tensor], *, norm: bool) -> tuple[Tensor, Tensor | None]:
-    """One look at all gradients before the update.
-
-    Args:
-        gradients: floating tensors on one device, at least one.
-        norm: whether the norm is wanted.
-
-    Returns:
-        `found_inf`, float32 without dimensions: 1 if an element is inf or NaN, else 0. And the Euclidean norm over all
-        elements as they are (still scaled), float32 without dimensions, or None. On their device, not waited for.
-    """
-    device = gradients[0].device
-    if device.type == "cpu":
-        squares = sum_of_squares(gradients)
-        # The sum overflows long after a norm clipped to anything would be lost; only then look twice.
-        finite = torch.isfinite(squares) or all(_all_finite(gradient) for gradient in gradients)
-        found_inf = torch.tensor(0.0 if finite else 1.0)
-        return found_inf, squares.sqrt() if norm else None
-    largest = torch.stack([torch.linalg.vector_norm(g, torch.inf, dtype=torch.float32) for g in gradients if g.numel()])
-    found_inf = largest.isfinite().all().logical_not().float()
-    if not norm:
-        return found_inf, None
-    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
-    return found_inf, torch.linalg.vector_norm(torch.stack(norms))
-
-
-def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
-    """The sum of all squares in FP32 (float32, no dimensions); by pieces, since CPU reductions copy whole tensors."""
-    length = piece_length(tensors)
-    scratch = torch.empty(length, dtype=torch.float32)
-    parts = [torch.zeros(())]
-    for tensor in tensors:
-        values = flat(dense(tensor))
-        for part in pieces(values.numel(), length):
-            piece = values[part]
-            piece = piece if piece.dtype == torch.float32 else scratch[: len(piece)].copy_(piece)
-            parts.append(torch.dot(piece, piece))
-    return torch.stack(parts).sum()
-
-
-def _all_finite(tensor: Tensor) -> bool:
-    values = flat(dense(tensor))
-    return all(bool(values[part].isfinite().all()) for part in pieces(values.numel(), piece_length([tensor])))
+def _thresholds(pack: list[_Part], layout: _Layout, row: Tensor, ramp: Tensor) -> Tensor:
+    """The dither of every element, int32, in `row`."""
+    bits = row.view(torch.int32)
+    for part, view in zip(pack, layout.views(bits), strict=True):
+        torch.add(ramp[: len(view)], offset(part.start, part.step), out=view)
+    return bits

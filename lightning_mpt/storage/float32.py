@@ -12,6 +12,7 @@ class Float32Masters:
     name = "float32"
     dtype = torch.float32
     bytes_per_parameter = 4
+    exact = True
 
     def of_half(self, half: Tensor) -> Tensor:
         return half.float()
@@ -19,7 +20,9 @@ class Float32Masters:
     def decode(self, half: Tensor, stored: Tensor, out: Tensor, scratch: Tensor) -> Tensor:
         return stored
 
-    def encode(self, master: Tensor, half: Tensor, stored: Tensor, scratch: Tensor) -> None:
+    def encode(
+        self, master: Tensor, half: Tensor, stored: Tensor, scratch: Tensor, dither: Tensor | None = None
+    ) -> None:
         round_to_half(master, half, scratch)
         if master is not stored:
             stored.copy_(master)

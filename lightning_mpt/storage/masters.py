@@ -19,6 +19,8 @@ class MasterStorage(Protocol):
     name: str
     dtype: torch.dtype
     bytes_per_parameter: int
+    exact: bool
+    """Whether every FP32 master is kept bit for bit; else encoding rounds, and takes dither."""
 
     def of_half(self, half: Tensor) -> Tensor:
         """What is stored beside `half` (any shape) if the master is exactly the half weight's value. A new tensor."""
@@ -32,8 +34,13 @@ class MasterStorage(Protocol):
         """
         ...
 
-    def encode(self, master: Tensor, half: Tensor, stored: Tensor, scratch: Tensor) -> None:
-        """Write `master` as `half` and `stored`. `scratch` is overwritten, and `master` where it is not `stored`."""
+    def encode(
+        self, master: Tensor, half: Tensor, stored: Tensor, scratch: Tensor, dither: Tensor | None = None
+    ) -> None:
+        """Write `master` as `half` and `stored`. `scratch` is overwritten, and `master` where it is not `stored`.
+
+        `dither` (int32, see `dither.py`): thresholds that a lossy format rounds by within a step; None: to nearest.
+        """
         ...
 
 

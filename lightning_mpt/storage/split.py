@@ -27,9 +27,11 @@ FP16_EXPONENT_BITS = 0x7C00
 FP16_MANTISSA_LENGTH = 10
 FP32_MANTISSA_LENGTH = 23
 FP32_EXPONENT_BIAS = 127
-UNIT_EXPONENT = 40
-"""A unit of the correction is 2**(e - 40) beside a half weight with the biased exponent e (1 for subnormals)."""
-FINEST_UNIT = 2.0 ** (1 - UNIT_EXPONENT)
+FP16_ULP_EXPONENT = 25
+UNIT_BITS = 15
+"""A unit of the correction is 2**-15 ulp of the half weight."""
+FINEST_UNIT = 2.0**-39
+"""That of the smallest weights: an ulp of float16's subnormals is 2**-24."""
 CORRECTION_LIMIT = 2.0**14
 
 
@@ -39,6 +41,7 @@ class SplitMasters:
     name = "split"
     dtype = torch.int16
     bytes_per_parameter = 2
+    exact = True
 
     def of_half(self, half: Tensor) -> Tensor:
         return torch.zeros_like(half, dtype=self.dtype)
@@ -48,11 +51,12 @@ class SplitMasters:
             out.copy_(half)  # exactly the bits of the half weight, shifted up
             out.view(torch.int32).add_(scratch.view(torch.int32).copy_(stored))
             return out
-        exponent = _biased_exponent(half, scratch.view(torch.int32))
-        exponent.add_(FP32_EXPONENT_BIAS - UNIT_EXPONENT).bitwise_left_shift_(FP32_MANTISSA_LENGTH)
+        unit(half, UNIT_BITS, scratch)
         return out.copy_(stored).mul_(scratch).add_(half)
 
-    def encode(self, master: Tensor, half: Tensor, stored: Tensor, scratch: Tensor) -> None:
+    def encode(
+        self, master: Tensor, half: Tensor, stored: Tensor, scratch: Tensor, dither: Tensor | None = None
+    ) -> None:
         if half.dtype == torch.bfloat16:
             round_to_half(master, half, scratch)
             stored.copy_(master.view(torch.int32))  # the conversion keeps the lower 16 bits
@@ -60,10 +64,24 @@ class SplitMasters:
         # To the grid, which changes nothing from 2**-16 up; and -0 becomes 0, since decoding it gives that.
         master.div_(FINEST_UNIT).round_().mul_(FINEST_UNIT).add_(0.0)
         round_to_half(master, half, scratch)
-        exponent = _biased_exponent(half, scratch.view(torch.int32))
-        exponent.neg_().add_(FP32_EXPONENT_BIAS + UNIT_EXPONENT).bitwise_left_shift_(FP32_MANTISSA_LENGTH)
+        master.sub_(half).mul_(units_per(half, UNIT_BITS, scratch))
         # The limit matters only to a weight that left fp16's range: its half is inf, and stays so.
-        stored.copy_(master.sub_(half).mul_(scratch).clamp_(-CORRECTION_LIMIT, CORRECTION_LIMIT))
+        stored.copy_(master.clamp_(-CORRECTION_LIMIT, CORRECTION_LIMIT))
+
+
+def unit(half: Tensor, bits: int, out: Tensor) -> Tensor:
+    """2**-bits of a unit in the last place of float16 numbers, in `out` (float32)."""
+    exponent = _biased_exponent(half, out.view(torch.int32))
+    # A number with the biased exponent e has the ulp 2**(e - 25), subnormals that of e = 1.
+    exponent.add_(FP32_EXPONENT_BIAS - FP16_ULP_EXPONENT - bits).bitwise_left_shift_(FP32_MANTISSA_LENGTH)
+    return out
+
+
+def units_per(half: Tensor, bits: int, out: Tensor) -> Tensor:
+    """One over `unit`: how many of them make 1, in `out` (float32)."""
+    exponent = _biased_exponent(half, out.view(torch.int32))
+    exponent.neg_().add_(FP32_EXPONENT_BIAS + FP16_ULP_EXPONENT + bits).bitwise_left_shift_(FP32_MANTISSA_LENGTH)
+    return out
 
 
 def _biased_exponent(half: Tensor, out: Tensor) -> Tensor:

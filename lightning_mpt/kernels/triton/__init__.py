@@ -1,0 +1,9 @@
+"""The update as one kernel launch for all parameters: `formats.py` loads and stores, `update.py` and `scan.py` compute,
+`launch.py` tells them where the tensors are. The only place that imports Triton.
+
+With `TRITON_INTERPRET=1` in the environment, set before the import, the same kernels run on CPU tensors.
+"""
+
+from .launch import TritonKernel
+
+__all__ = ["TritonKernel"]
