@@ -3,5 +3,6 @@
 from .loss_scale import ConstantLossScale, DynamicLossScale
 from .optimizer import MasterAdamW
 from .precision import MasterWeightPrecision
+from .presets import PRESETS
 
-__all__ = ["ConstantLossScale", "DynamicLossScale", "MasterAdamW", "MasterWeightPrecision"]
+__all__ = ["PRESETS", "ConstantLossScale", "DynamicLossScale", "MasterAdamW", "MasterWeightPrecision"]

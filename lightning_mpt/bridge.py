@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
+from .base import MasterOptimizer
 from .kernels.gradients import true_gradient
 from .masters import MasterWeights
-from .optimizer import MasterOptimizer
 from .pieces import dense, flat
 from .storage import HALF_DTYPES, master_storage
 
@@ -56,7 +56,7 @@ class BridgedOptimizer(MasterOptimizer):
         with self._masters_in_groups():
             super().load_state_dict(state_dict)
 
-    def memory_categories(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+    def memory_categories(self) -> Iterator[tuple[str, Tensor, Tensor | None]]:
         yield from super().memory_categories()
         for parameter, master in self._masters_of.items():
             if master.grad is not None and master is not parameter:

@@ -51,7 +51,7 @@ class ConstantLossScale:
 
     def __init__(self, scale: float) -> None:
         _check(_is_number(scale) and 0 < scale < math.inf, "scale", scale, "must be a positive finite number", "1024.0")
-        self._scale = torch.tensor(float(scale))
+        self._scale = torch.tensor(float(scale), dtype=torch.float32)
 
     def to(self, device: torch.device) -> None:
         self._scale = self._scale.to(device)
@@ -120,7 +120,7 @@ class DynamicLossScale:
         self.growth_interval = growth_interval
         self.hysteresis = hysteresis
         self.min_scale = float(min_scale)
-        self._scale = torch.tensor(self.init_scale)
+        self._scale = torch.tensor(self.init_scale, dtype=torch.float32)
         self._growth_tracker = torch.tensor(0, dtype=torch.int32)
         self._overflows_left = torch.tensor(hysteresis, dtype=torch.int32)
 

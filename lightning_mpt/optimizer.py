@@ -7,7 +7,7 @@ cannot do for fp16 gradients, and torch.optim.AdamW could only in half.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -15,98 +15,12 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from .kernels import Kernel, kernel_for
-from .kernels.slots import GradientTransform, Slot
+from .base import MasterOptimizer, device_name, refuse_sparse
+from .kernels.slots import Slot
 from .masters import MasterWeights
 from .pieces import dense
 from .state import MOMENTS, checked_state, moment, new_state, to_fp32
 from .storage import HALF_DTYPES, MasterStorage, MomentStorage, master_storage, moment_storage
-
-
-class MasterOptimizer(Optimizer):
-    """What every optimizer over master weights can do, whatever its rule.
-
-    A caller may set, for one `step`, the attributes that torch's fused optimizers know: `grad_scale` (float32, one
-    element: the gradients are divided by it) and `found_inf` (float32, one element: not zero means that nothing may
-    change); and `clip_value` (a number: largest magnitude of an element of the unscaled gradient).
-    """
-
-    _step_supports_amp_scaling = True  # asked by torch.amp.GradScaler
-
-    grad_scale: Tensor
-    found_inf: Tensor
-    clip_value: float | None
-
-    masters: MasterWeights
-    masters_in_module: bool = False
-    """Whether the module's own state_dict holds the masters, so that the optimizer's need not."""
-
-    def master_params(self) -> list[Tensor]:
-        """The FP32 master weights, in parameter order. Read only: some are what is stored, others decoded copies."""
-        return [self.masters.read(parameter) for parameter in self.parameters()]
-
-    def parameters(self) -> Iterator[Tensor]:
-        """The parameters of all groups, in order."""
-        return (parameter for group in self.param_groups for parameter in group["params"])
-
-    def scan_gradients(self, *, norm: bool) -> tuple[Tensor, Tensor | None]:
-        """Look once at all gradients, as they are (still scaled).
-
-        Args:
-            norm: whether the Euclidean norm over all of them is wanted.
-
-        Returns:
-            `found_inf` (float32 without dimensions, 1 if any element is inf or NaN), and the norm (the same) or None;
-            both on the device of the first gradient.
-
-        Raises:
-            RuntimeError: a gradient is sparse.
-        """
-        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-        for gradient in gradients:
-            _refuse_sparse(gradient)
-        found: list[Tensor] = []
-        norms: list[Tensor] = []
-        for _, on_device in groupby(sorted(gradients, key=_device_name), key=_device_name):
-            same_device = list(on_device)
-            found_inf, part = self._kernel(same_device[0].device).scan_gradients(same_device, norm=norm)
-            found.append(found_inf)
-            norms += [] if part is None else [part]
-        if not found:
-            device = next(self.parameters()).device
-            return torch.zeros((), device=device), torch.zeros((), device=device) if norm else None
-        device = gradients[0].device
-        found_inf = torch.stack([one.to(device) for one in found]).amax()
-        return found_inf, torch.linalg.vector_norm(torch.stack([one.to(device) for one in norms])) if norm else None
-
-    def memory_categories(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """For the memory profiler: which tensor beside the optimizer's state is what, and whose."""
-        owned = set(self.parameters())
-        for parameter, stored in self.masters:
-            if parameter in owned:
-                yield "master_weights", stored, parameter
-
-    _kernels: dict[torch.device, Kernel]
-
-    def _kernel(self, device: torch.device) -> Kernel:
-        """What does the work on a device. A kernel keeps tables between steps: each optimizer has its own."""
-        kernels = self.__dict__.setdefault("_kernels", {})
-        if device not in kernels:
-            kernels[device] = kernel_for(device)
-        kernel: Kernel = kernels[device]
-        return kernel
-
-    def _gradient_transform(self, device: torch.device) -> GradientTransform:
-        scale, clip_value = getattr(self, "grad_scale", None), getattr(self, "clip_value", None)
-        if scale is None:
-            return GradientTransform(1.0, clip_value)
-        if device.type == "cpu":
-            return GradientTransform(1.0 / float(scale), clip_value)
-        return GradientTransform(scale.to(device, non_blocking=True).reciprocal(), clip_value)
-
-    def _found_inf(self, device: torch.device) -> Tensor | None:
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        return None if found_inf is None else found_inf.to(device, non_blocking=True).reshape(())
 
 
 class MasterAdamW(MasterOptimizer, AdamW):
@@ -222,12 +136,38 @@ class MasterAdamW(MasterOptimizer, AdamW):
         for group in self.param_groups:
             with_gradients = [parameter for parameter in group["params"] if parameter.grad is not None]
             for parameter in with_gradients:
-                _refuse_sparse(parameter.grad)
-            for _, parameters in groupby(sorted(with_gradients, key=_device_name), key=_device_name):
+                refuse_sparse(parameter.grad)
+            for _, parameters in groupby(sorted(with_gradients, key=device_name), key=device_name):
                 self._step(group, list(parameters))
         return loss
 
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def step_one(
+        self, parameter: Tensor, group: dict[str, Any], scale: Tensor, clip_value: float | None = None
+    ) -> Tensor:
+        """Update a single parameter of `group` in place, whether or not others have gradients yet.
+
+        Args:
+            parameter: has a gradient, which is only read.
+            group: the parameter's.
+            scale: what the gradient is divided by: float32, no dimensions.
+            clip_value: the largest magnitude of an element of the unscaled gradient.
+
+        Returns:
+            `found_inf` (float32 without dimensions, on the parameter's device): not zero if the gradient was not
+            finite, and nothing has changed.
+        """
+        assert parameter.grad is not None
+        refuse_sparse(parameter.grad)
+        found_inf, _ = self._kernel(parameter.device).scan_gradients([parameter.grad], norm=False)
+        self.grad_scale, self.found_inf, self.clip_value = scale, found_inf, clip_value
+        try:
+            self._step(group, [parameter])
+        finally:
+            del self.grad_scale, self.found_inf, self.clip_value
+        return found_inf
 
     def _step(self, group: dict[str, Any], parameters: Sequence[Tensor]) -> None:
         """Update the parameters of a group that have gradients and share a device."""
@@ -398,15 +338,3 @@ def _check_parameters(parameters: Iterable[Tensor]) -> None:
                 f"A parameter of dtype {parameter.dtype} cannot be trained with FP32 masters: "
                 "make it torch.float32, torch.float16 or torch.bfloat16."
             )
-
-
-def _refuse_sparse(gradient: Tensor | None) -> None:
-    if gradient is not None and gradient.layout != torch.strided:
-        raise RuntimeError(
-            f"A gradient has the layout {gradient.layout}; the update takes dense ones only: use sparse=False in "
-            "nn.Embedding or nn.EmbeddingBag."
-        )
-
-
-def _device_name(tensor: Tensor) -> str:
-    return str(tensor.device)

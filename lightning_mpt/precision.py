@@ -32,6 +32,7 @@ from .loss_scale import ConstantLossScale, DynamicLossScale, make_loss_scale
 from .masters import MasterWeights
 from .numerics import FP32Losses, default_dtype, fp32_sums
 from .optimizer import MasterAdamW
+from .release import GradientRelease, check_loop
 from .schedules import HeldSchedules
 from .skips import SkippedSteps
 from .storage import master_storage, moment_storage
@@ -51,9 +52,14 @@ class MasterWeightPrecision(Precision):
         precision: `"16-true"` (float16) or `"bf16-true"` (bfloat16).
         loss_scale: `"auto"` (dynamic for float16, none for bfloat16), `"dynamic"`, a positive number (constant), a
             `DynamicLossScale`, a `ConstantLossScale`, or None.
-        master_weights: `"split"`: 2 bytes beside each half weight, exact; `"float32"`: 4 bytes.
-        optimizer_state: how AdamW's moments are stored: `"float32"`.
-        gradient_release: not available yet.
+        master_weights: `"split"`: 2 bytes beside each half weight, exact; `"float32"`: 4 bytes; `"split8"`: 1 byte,
+            which keeps 24 bits of the master.
+        optimizer_state: how AdamW's moments are stored: `"float32"`: 8 bytes for both; `"bfloat16"`: 4; `"8bit"`:
+            2.06. The last two are lossy, and right on average.
+        gradient_release: update each parameter within backward and free its gradient at once: gradients then take
+            next to nothing. A parameter whose gradient is not finite is skipped alone, and the step counted. For one
+            AdamW or Adam under automatic optimization, and not with a dynamic loss scale, clipping by norm, or
+            accumulation over batches, which all need every gradient first; `on_before_optimizer_step` sees none.
         fp32_modules: module types kept in FP32 with their inputs and outputs cast; by default norms with running
             statistics (BatchNorm, InstanceNorm), which need no cast.
         autocast: run forward under `torch.autocast` as well, for modules that mix types. Autocast makes some outputs,
@@ -86,11 +92,17 @@ class MasterWeightPrecision(Precision):
                 f"precision={precision!r} is not one of {', '.join(map(repr, DTYPES))}: MasterWeightPrecision trains "
                 "in half precision; for anything else use Trainer(precision=...)."
             )
-        if gradient_release:
-            raise ValueError("gradient_release=True is not available yet: leave it out.")
         self.precision = precision
         self._dtype = DTYPES[precision]
         self._loss_scale = make_loss_scale(loss_scale, self._dtype)
+        if gradient_release and isinstance(self._loss_scale, DynamicLossScale):
+            raise ValueError(
+                f"gradient_release=True cannot be with loss_scale={loss_scale!r}, which is dynamic in {precision!r}: a "
+                "scale that falls skips the whole step, and parts of it are done by then. Give a constant one, such "
+                "as loss_scale=1024, or use 'bf16-true'."
+            )
+        self._gradient_release = gradient_release
+        self._release: GradientRelease | None = None
         self._master_weights = master_storage(master_weights).name
         self._optimizer_state = moment_storage(optimizer_state).name
         self._fp32_modules = _module_types(fp32_modules)
@@ -178,6 +190,8 @@ class MasterWeightPrecision(Precision):
                 )
             else:
                 self._adopted.append(bridge(optimizer, self._masters))
+        if optimizers and self._gradient_release:
+            self._release = self._released(self._converted.module)
         if optimizers:
             self._attach(self._converted.module, lr_schedulers)
         return model, optimizers, lr_schedulers
@@ -186,6 +200,9 @@ class MasterWeightPrecision(Precision):
     def teardown(self) -> None:
         """Undo all of the above. The Trainer calls this when it is done, also after an exception."""
         self._schedules.release()
+        if self._release is not None:
+            self._release.remove()
+            self._release = None
         converted, self._converted = self._converted, None
         if converted is not None:
             # The bridge's parameters share the masters' memory, so optimizers let go before the module takes over.
@@ -211,12 +228,22 @@ class MasterWeightPrecision(Precision):
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"{name} is not a torch.optim.Optimizer; masters are kept for one's parameters: use one.")
 
+    def _released(self, module: nn.Module) -> GradientRelease:
+        if isinstance(module, pl.LightningModule):
+            check_loop(
+                automatic=module.automatic_optimization,
+                accumulated=module.trainer.accumulate_grad_batches,
+                clip_val=module.trainer.gradient_clip_val,
+                algorithm=module.trainer.gradient_clip_algorithm,
+            )
+        return GradientRelease(self._adopted)
+
     def _attach(self, module: nn.Module, lr_schedulers: list[Any]) -> None:
         """Metrics, and schedules that wait for skipped steps: what needs the module's Trainer."""
         if not isinstance(module, pl.LightningModule):
             return
         module.trainer.callbacks.append(self._metrics)  # type: ignore[attr-defined]
-        if module.automatic_optimization:
+        if module.automatic_optimization and self._release is None:  # there, the rest of a step is done
             for config in lr_schedulers:
                 if config.interval == "step" and not isinstance(config.scheduler, ReduceLROnPlateau):
                     self._schedules.hold(config.scheduler, config.frequency)
@@ -251,8 +278,12 @@ class MasterWeightPrecision(Precision):
 
     @override
     def backward(self, tensor: Tensor, model: "pl.LightningModule", *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        released: AbstractContextManager[None] = nullcontext()
+        if self._release is not None:
+            check_loop(accumulated=model.trainer.accumulate_grad_batches)  # a callback may have changed it
+            released = self._release.running(self._loss_scale.scale, model.trainer.gradient_clip_val)
         # Checkpointed modules run forward again here.
-        with self.forward_context():
+        with self.forward_context(), released:
             super().backward(tensor, model, *args, **kwargs)
 
     # -- the step -----------------------------------------------------------------------------------------------
@@ -265,7 +296,9 @@ class MasterWeightPrecision(Precision):
         gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
     ) -> None:
         """Note how the gradients are to be clipped; the update does it, on true gradients, in the same pass."""
-        if clip_val > 0:
+        if self._release is not None:
+            self._release.check_clipping(clip_val, GradClipAlgorithmType(gradient_clip_algorithm).value)
+        elif clip_val > 0:
             self._clips[_unwrapped(optimizer)] = (GradClipAlgorithmType(gradient_clip_algorithm), float(clip_val))
 
     @override
@@ -282,7 +315,10 @@ class MasterWeightPrecision(Precision):
         if result is None and model.automatic_optimization:
             return result  # training_step returned None: there is nothing to learn from
         by_norm = clip is not None and clip[0] == GradClipAlgorithmType.NORM
-        found_inf, norm = optimizer.scan_gradients(norm=by_norm)
+        if self._release is not None:
+            found_inf, norm = self._release.found_inf(), None
+        else:
+            found_inf, norm = optimizer.scan_gradients(norm=by_norm)
         divisor = scale = self._loss_scale.scale
         self._grad_norm = None
         if clip is not None and norm is not None:

@@ -94,7 +94,7 @@ def _by_pieces(
 ) -> None:
     """Do the work on piece after piece, each filled up to whole blocks, and keep what it came to in `write`."""
     length = piece_length([value], 2 + storage.scratch_rows, storage.block)
-    values, *scratch = torch.empty(1 + storage.scratch_rows, length, device=value.device)
+    values, *scratch = torch.empty(1 + storage.scratch_rows, length, dtype=torch.float32, device=value.device)
     codes = stored.codes.new_zeros(length)
     for part in pieces(value.numel(), length):
         size = part.stop - part.start

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from lightning_mpt import MasterAdamW
+from lightning_mpt import PRESETS, MasterAdamW
 from lightning_mpt.masters import MasterWeights
 from lightning_mpt.profiler import MemoryRecorder
+from lightning_mpt.storage import MOMENT_STORAGES
 
 HALVES = (torch.bfloat16, torch.float16)
 STORAGES = ("split", "float32")
@@ -109,6 +110,60 @@ def test_a_loaded_optimizer_goes_on_bit_for_bit(dtype: torch.dtype, source: str,
         torch.testing.assert_close(snapshot(other, second)[1], snapshot(optimizer, first)[1], rtol=0, atol=2.0**-39)
     else:
         assert_same(snapshot(other, second), snapshot(optimizer, first))
+
+
+@pytest.mark.parametrize("optimizer_state", MOMENT_STORAGES)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_compact_state_is_saved_in_fp32_and_loaded_bit_for_bit(dtype: torch.dtype, optimizer_state: str) -> None:
+    def make(params: Any) -> MasterAdamW:
+        return MasterAdamW(params, lr=1e-2, amsgrad=True, master_weights="split8", optimizer_state=optimizer_state)
+
+    first, second = parameters(dtype), parameters(dtype, seed=1)
+    optimizer, other = make(first), make(second)
+    train(optimizer, first, range(5))
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert set(saved["state"][0]) == {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master"}
+    assert {value.dtype for state in saved["state"].values() for value in state.values()} == {torch.float32}
+    other.load_state_dict(saved)
+    train(optimizer, first, range(5, 10))
+    train(other, second, range(5, 10))
+    assert_same(snapshot(other, second), snapshot(optimizer, first))
+    pickled = pickle.loads(pickle.dumps(optimizer))
+    assert_same(pickled.state_dict()["state"], optimizer.state_dict()["state"])
+
+
+@pytest.mark.parametrize(("preset", "expected"), [("exact", 14), ("compact", 7.1)])
+def test_bytes_per_parameter_are_those_of_the_table(preset: str, expected: float) -> None:
+    """Weight, gradient, master and moments of a large parameter; FP32 AdamW has 16."""
+    parameter = nn.Parameter(torch.zeros(1000, 1000, dtype=torch.bfloat16))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = MasterAdamW([parameter], **PRESETS[preset])
+    optimizer.step()
+    masters = [tensor for _, tensor, _ in optimizer.memory_categories()]
+    held = [parameter, parameter.grad, *masters, *optimizer.state[parameter].values()]
+    assert sum(tensor.nbytes for tensor in held) / parameter.numel() == pytest.approx(expected, rel=0.01)
+
+
+def test_the_triton_kernel_serves_cpu_tensors_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And counts its writes: whoever keeps a decoded master sees that the weight is another."""
+    pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+    if torch.cuda.is_available():
+        pytest.skip("on a machine with a GPU the kernels are compiled for it, and tested there in test_cuda.py")
+    from lightning_mpt.kernels.triton import TritonKernel
+
+    def run() -> MasterAdamW:
+        params = parameters(torch.bfloat16)
+        optimizer = MasterAdamW(params, lr=1e-2)
+        versions = [parameter._version for parameter in params]
+        train(optimizer, params, range(5))
+        assert all(parameter._version > version for parameter, version in zip(params, versions, strict=True))
+        return optimizer
+
+    plain = run()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    ours = run()
+    assert isinstance(ours._kernel(torch.device("cpu")), TritonKernel)
+    torch.testing.assert_close(ours.master_params(), plain.master_params(), rtol=1e-6, atol=1e-8)
 
 
 def test_states_go_to_torchs_adamw_and_come_back() -> None:

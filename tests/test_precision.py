@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LinearLR
 from training import Classifier, Validated, adamw, classification, fit, loader, mlp, trainer
 
-from lightning_mpt import DynamicLossScale, MasterWeightPrecision
+from lightning_mpt import PRESETS, DynamicLossScale, MasterWeightPrecision
+from lightning_mpt.storage import MASTER_STORAGES, MOMENT_STORAGES
 
 HALVES = {"16-true": torch.float16, "bf16-true": torch.bfloat16}
 
@@ -548,21 +549,41 @@ def test_a_checkpoint_is_fp32_and_the_same_inside_fit_and_after(
     assert all(value.dtype == torch.float32 for value in saved["state"][0].values())
 
 
-def test_a_run_resumes_bit_for_bit(tmp_path: Any) -> None:
+@pytest.mark.parametrize("optimizer_state", MOMENT_STORAGES)
+@pytest.mark.parametrize("master_weights", MASTER_STORAGES)
+@pytest.mark.parametrize("precision", HALVES)
+def test_a_run_resumes_bit_for_bit(tmp_path: Any, precision: Any, master_weights: str, optimizer_state: str) -> None:
     def module() -> Classifier:
         return Classifier(convnet(), lambda module: torch.optim.AdamW(module.parameters(), lr=1e-2))
 
+    def plugin() -> MasterWeightPrecision:
+        return MasterWeightPrecision(precision, master_weights=master_weights, optimizer_state=optimizer_state)
+
     batches = classification(8)
     whole = module()
-    fit(whole, batches, MasterWeightPrecision("16-true"), max_epochs=2)
+    fit(whole, batches, plugin(), max_epochs=2)
     first = module()
-    ours = fit(first, batches, MasterWeightPrecision("16-true"), max_epochs=1)
+    ours = fit(first, batches, plugin(), max_epochs=1)
     ours.save_checkpoint(tmp_path / "half-way.ckpt")
+    saved = torch.load(tmp_path / "half-way.ckpt", weights_only=True)["optimizer_states"][0]["state"]
+    assert {value.dtype for state in saved.values() for value in state.values()} == {torch.float32}
     second = module()
-    ours = trainer(MasterWeightPrecision("16-true"), max_epochs=2)
+    ours = trainer(plugin(), max_epochs=2)
     ours.fit(second, loader(batches), ckpt_path=tmp_path / "half-way.ckpt", weights_only=True)
     assert second.losses == whole.losses[8:]
     torch.testing.assert_close(second.state_dict(), whole.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("precision", HALVES)
+def test_every_preset_learns_as_in_fp32(preset: str, precision: Any) -> None:
+    fp32 = Classifier(mlp())
+    fit(fp32, classification(60))
+    scale = 1024.0 if precision == "16-true" else None
+    module = Classifier(mlp())
+    fit(module, classification(60), MasterWeightPrecision(precision, loss_scale=scale, **PRESETS[preset]))
+    assert sum(module.losses[-10:]) == pytest.approx(sum(fp32.losses[-10:]), rel=0.1)
+    assert fp32.losses[-1] < 0.7 * fp32.losses[0]
 
 
 def test_a_run_that_only_skips_warns_and_then_stops_with_the_names() -> None:

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -34,6 +34,10 @@ class Kernel(Protocol):
     ) -> None: ...
 
     def scan_gradients(self, gradients: Sequence[Tensor], *, norm: bool) -> tuple[Tensor, Tensor | None]: ...
+
+    def tables(self) -> Iterable[Tensor]:
+        """What the kernel keeps on the device from step to step."""
+        ...
 
 
 def kernel_for(device: torch.device) -> Kernel:

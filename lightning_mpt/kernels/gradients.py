@@ -37,7 +37,7 @@ def scan_gradients(gradients: Sequence[Tensor], *, norm: bool) -> tuple[Tensor, 
         squares = sum_of_squares(gradients)
         # The sum overflows long after a norm clipped to anything would be lost; only then look twice.
         finite = torch.isfinite(squares) or all(_all_finite(gradient) for gradient in gradients)
-        found_inf = torch.tensor(0.0 if finite else 1.0)
+        found_inf = torch.tensor(0.0 if finite else 1.0, dtype=torch.float32)
         return found_inf, squares.sqrt() if norm else None
     largest = torch.stack([torch.linalg.vector_norm(g, torch.inf, dtype=torch.float32) for g in gradients if g.numel()])
     found_inf = largest.isfinite().all().logical_not().float()
@@ -51,7 +51,7 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     """The sum of all squares in FP32 (float32, no dimensions); by pieces, since CPU reductions copy whole tensors."""
     length = piece_length(tensors)
     scratch = torch.empty(length, dtype=torch.float32)
-    parts = [torch.zeros(())]
+    parts = [torch.zeros((), dtype=torch.float32)]
     for tensor in tensors:
         values = flat(dense(tensor))
         for part in pieces(values.numel(), length):

@@ -29,7 +29,12 @@ from ..storage.moments import blocks
 from .gradients import scan_gradients, true_gradient
 from .slots import GradientTransform, Slot
 
-__all__ = ["adamw_", "scan_gradients"]
+__all__ = ["adamw_", "scan_gradients", "tables"]
+
+
+def tables() -> tuple[Tensor, ...]:
+    """What is kept from step to step: nothing."""
+    return ()
 
 
 def adamw_(

@@ -57,7 +57,8 @@ def zeros(storage: MomentStorage, parameter: Tensor, *, signed: bool) -> Moment:
     codes = torch.zeros_like(parameter, dtype=storage.dtype(signed=signed))
     if storage.block == 1:
         return Moment(codes)
-    return Moment(codes, torch.zeros(blocks(parameter.numel(), storage.block), device=parameter.device))
+    count = blocks(parameter.numel(), storage.block)
+    return Moment(codes, torch.zeros(count, dtype=torch.float32, device=parameter.device))
 
 
 def blocks(numel: int, block: int) -> int:

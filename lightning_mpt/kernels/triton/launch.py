@@ -1,7 +1,7 @@
 """From parameters to one launch: tables of addresses, kept from step to step, and the kernel's options."""
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -21,7 +21,10 @@ BLOCK = 2048
 """Elements that a program of the update works on: 16 for each of its 128 threads, 16 bytes of the smallest codes."""
 TAIL = 256
 SCAN_BLOCK = 8192
-TABLES_KEPT = 16
+KEPT_BYTES = 2**26
+"""Tables of parameters that are not updated any more go once all are larger than this."""
+KEPT_TABLES = 8
+"""But not the newest."""
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 COMPILE_OPTIONS = {"num_warps": 4, "maxnreg": 128, "enable_fp_fusion": False}
 """128 registers for 128 threads: four programs at least share a multiprocessor, and nothing spills. Without fused
@@ -34,6 +37,11 @@ class TritonKernel:
 
     def __init__(self) -> None:
         self._tables: dict[Hashable, tuple[Any, ...]] = {}
+        """Tensors first, then what must live as long as they."""
+
+    def tables(self) -> Iterator[Tensor]:
+        """What is kept on the device from step to step."""
+        return (item for entry in self._tables.values() for item in entry if isinstance(item, Tensor))
 
     def adamw_(
         self,
@@ -85,7 +93,7 @@ class TritonKernel:
             device = weights[0].device
             key = ("slots", *map(id, some_slots), *(weight.data_ptr() for weight in weights))
             table, _ = self._kept(key, partial(_slot_table, some_slots, weights))
-            addresses = self._addresses(("gradients", dtype, gradient_dtype), ordered)
+            addresses = self._addresses(("gradients", *key), ordered)
             owners, numbers = self._tiles([weight.numel() for weight in weights], BLOCK, device)
             adamw_kernel[(len(owners),)](
                 table, addresses, owners, numbers, **hyperparameters, **options, **COMPILE_OPTIONS
@@ -93,6 +101,8 @@ class TritonKernel:
             for slot, weight in zip(some_slots, weights, strict=True):
                 if weight is not slot.weight:
                     slot.weight.copy_(weight)
+            # Autograd, and whoever keeps masters, notice writes by a tensor's version; a kernel's must be counted too.
+            torch.autograd.graph.increment_version([slot.weight for slot in some_slots])
 
     def scan_gradients(self, gradients: Sequence[Tensor], *, norm: bool) -> tuple[Tensor, Tensor | None]:
         """One read of all gradients. As `scan_gradients` of the reference."""
@@ -103,11 +113,11 @@ class TritonKernel:
             some = list(alike)
             device = some[0].device
             sizes = tuple(gradient.numel() for gradient in some)
-            (size_table,) = self._kept(("sizes", *sizes), lambda: (_on_device(sizes, torch.int64, device),))  # noqa: B023
+            (size_table,) = self._kept(("sizes", *sizes), lambda: (_on_device(sizes, device),))  # noqa: B023
             owners, numbers = self._tiles(sizes, SCAN_BLOCK, device)
             square, flag = torch.empty(2, len(owners), dtype=torch.float32, device=device)
             scan_kernel[(len(owners),)](
-                self._addresses(("scanned", dtype), some), size_table, owners, numbers, square, flag,
+                self._addresses(("scanned", *sizes), some), size_table, owners, numbers, square, flag,
                 GRADIENT=TYPES[dtype], BLOCK=SCAN_BLOCK, **COMPILE_OPTIONS,
             )  # fmt: skip
             squares.append(square)
@@ -123,8 +133,8 @@ class TritonKernel:
         addresses = tuple(tensor.data_ptr() for tensor in tensors)
         kept = self._tables.get(key)
         if kept is None or kept[1] != addresses:
-            kept = self._tables[key] = (_on_device(addresses, torch.int64, tensors[0].device), addresses)
-        table: Tensor = kept[0]
+            self._keep(key, (_on_device(addresses, tensors[0].device), addresses))
+        table: Tensor = self._tables[key][0]
         return table
 
     def _tiles(self, sizes: Sequence[int], block: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -143,10 +153,16 @@ class TritonKernel:
     def _kept(self, key: Hashable, make: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
         """What `make` gives, made once. What the key's ids stand for must be in it, so that they stay theirs."""
         if key not in self._tables:
-            if len(self._tables) >= TABLES_KEPT:
-                self._tables.clear()
-            self._tables[key] = make()
+            self._keep(key, make())
         return self._tables[key]
+
+    def _keep(self, key: Hashable, entry: tuple[Any, ...]) -> None:
+        self._tables.pop(key, None)
+        self._tables[key] = entry
+        held = sum(table.nbytes for table in self.tables()) if len(self._tables) % KEPT_TABLES == 0 else 0
+        while held > KEPT_BYTES and len(self._tables) > KEPT_TABLES:
+            oldest = self._tables.pop(next(iter(self._tables)))
+            held -= sum(item.nbytes for item in oldest if isinstance(item, Tensor))
 
 
 def specialization(
@@ -185,7 +201,7 @@ def _slot_table(slots: Sequence[Slot], weights: Sequence[Tensor]) -> tuple[Tenso
     for slot, weight in zip(slots, weights, strict=True):
         moments = [number for stored in (slot.exp_avg, slot.exp_avg_sq, slot.max_exp_avg_sq) for number in _two(stored)]
         rows += [weight.data_ptr(), _address(slot.master), *moments, slot.step.data_ptr(), weight.numel()]
-    return _on_device(rows, torch.int64, weights[0].device), slots
+    return _on_device(rows, weights[0].device), slots
 
 
 def _two(stored: Moment | None) -> tuple[int, int]:
@@ -196,8 +212,8 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _on_device(numbers: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return _to_device(torch.tensor(numbers, dtype=dtype), device)
+def _on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
+    return _to_device(torch.tensor(numbers, dtype=torch.int64), device)
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -1,0 +1,114 @@
+"""What every optimizer over master weights can do, whatever its rule: `MasterAdamW` and the bridge build on it."""
+
+from collections.abc import Iterator
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .kernels import Kernel, kernel_for
+from .kernels.slots import GradientTransform
+from .masters import MasterWeights
+
+
+class MasterOptimizer(Optimizer):
+    """What every optimizer over master weights can do, whatever its rule.
+
+    A caller may set, for one `step`, the attributes that torch's fused optimizers know: `grad_scale` (float32, one
+    element: the gradients are divided by it) and `found_inf` (float32, one element: not zero means that nothing may
+    change); and `clip_value` (a number: largest magnitude of an element of the unscaled gradient).
+    """
+
+    _step_supports_amp_scaling = True  # asked by torch.amp.GradScaler
+
+    grad_scale: Tensor
+    found_inf: Tensor
+    clip_value: float | None
+
+    masters: MasterWeights
+    masters_in_module: bool = False
+    """Whether the module's own state_dict holds the masters, so that the optimizer's need not."""
+
+    def master_params(self) -> list[Tensor]:
+        """The FP32 master weights, in parameter order. Read only: some are what is stored, others decoded copies."""
+        return [self.masters.read(parameter) for parameter in self.parameters()]
+
+    def parameters(self) -> Iterator[Tensor]:
+        """The parameters of all groups, in order."""
+        return (parameter for group in self.param_groups for parameter in group["params"])
+
+    def scan_gradients(self, *, norm: bool) -> tuple[Tensor, Tensor | None]:
+        """Look once at all gradients, as they are (still scaled).
+
+        Args:
+            norm: whether the Euclidean norm over all of them is wanted.
+
+        Returns:
+            `found_inf` (float32 without dimensions, 1 if any element is inf or NaN), and the norm (the same) or None;
+            both on the device of the first gradient.
+
+        Raises:
+            RuntimeError: a gradient is sparse.
+        """
+        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        for gradient in gradients:
+            refuse_sparse(gradient)
+        found: list[Tensor] = []
+        norms: list[Tensor] = []
+        for _, on_device in groupby(sorted(gradients, key=device_name), key=device_name):
+            same_device = list(on_device)
+            found_inf, part = self._kernel(same_device[0].device).scan_gradients(same_device, norm=norm)
+            found.append(found_inf)
+            norms += [] if part is None else [part]
+        if not found:
+            device = next(self.parameters()).device
+            zero = torch.zeros((), dtype=torch.float32, device=device)
+            return zero, zero if norm else None
+        device = gradients[0].device
+        found_inf = torch.stack([one.to(device) for one in found]).amax()
+        return found_inf, torch.linalg.vector_norm(torch.stack([one.to(device) for one in norms])) if norm else None
+
+    def memory_categories(self) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+        """For the memory profiler: which tensor beside the optimizer's state is what, and whose."""
+        owned = set(self.parameters())
+        for parameter, stored in self.masters:
+            if parameter in owned:
+                yield "master_weights", stored, parameter
+        for kernel in self.__dict__.get("_kernels", {}).values():
+            for table in kernel.tables():
+                yield "optimizer_state", table, None
+
+    _kernels: dict[torch.device, Kernel]
+
+    def _kernel(self, device: torch.device) -> Kernel:
+        """What does the work on a device. A kernel keeps tables between steps: each optimizer has its own."""
+        kernels = self.__dict__.setdefault("_kernels", {})
+        if device not in kernels:
+            kernels[device] = kernel_for(device)
+        kernel: Kernel = kernels[device]
+        return kernel
+
+    def _gradient_transform(self, device: torch.device) -> GradientTransform:
+        scale, clip_value = getattr(self, "grad_scale", None), getattr(self, "clip_value", None)
+        if scale is None:
+            return GradientTransform(1.0, clip_value)
+        if device.type == "cpu":
+            return GradientTransform(1.0 / float(scale), clip_value)
+        return GradientTransform(scale.to(device, non_blocking=True).reciprocal(), clip_value)
+
+    def _found_inf(self, device: torch.device) -> Tensor | None:
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        return None if found_inf is None else found_inf.to(device, non_blocking=True).reshape(())
+
+
+def refuse_sparse(gradient: Tensor | None) -> None:
+    if gradient is not None and gradient.layout != torch.strided:
+        raise RuntimeError(
+            f"A gradient has the layout {gradient.layout}; the update takes dense ones only: use sparse=False in "
+            "nn.Embedding or nn.EmbeddingBag."
+        )
+
+
+def device_name(tensor: Tensor) -> str:
+    return str(tensor.device)

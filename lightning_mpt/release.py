@@ -1,0 +1,116 @@
+"""Gradient release: each parameter is updated within backward once its gradient is complete, which is then freed.
+
+Gradients never add up: at any moment there are those that backward is working on. What needs to see them all before
+the first is used cannot be had with it: a step that is skipped as a whole, a dynamic loss scale, the norm that clipping
+divides by, and accumulation over batches. A parameter whose gradient is not finite is skipped alone, and counted.
+"""
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .optimizer import MasterAdamW
+
+
+def check_loop(
+    *,
+    automatic: bool = True,
+    accumulated: int = 1,
+    clip_val: float | None = None,
+    algorithm: str | None = None,
+) -> None:
+    """ValueError where the training loop needs all gradients at once. The arguments are the Trainer's own."""
+    if not automatic:
+        raise ValueError(
+            "gradient_release=True cannot be with manual optimization, where backward need not mean a step: leave it "
+            "out, or let the Trainer optimize."
+        )
+    if accumulated != 1:
+        raise ValueError(
+            f"gradient_release=True cannot be with accumulate_grad_batches={accumulated}: gradients are gone before "
+            "the next batch. Leave one of the two out."
+        )
+    if clip_val and algorithm != "value":
+        raise ValueError(
+            f"gradient_release=True cannot be with gradient_clip_val={clip_val} by norm: the norm is known when all "
+            "gradients are. Clip by value, gradient_clip_algorithm='value', or not at all."
+        )
+
+
+class GradientRelease:
+    """The hooks that update one optimizer's parameters while `backward` runs.
+
+    Args:
+        optimizers: all that train the module. There must be one, a MasterAdamW; its parameters are updated in place,
+            with the settings that their groups have at that moment.
+
+    Raises:
+        ValueError: there are others.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        optimizer = optimizers[0]
+        if len(optimizers) > 1 or not isinstance(optimizer, MasterAdamW):
+            names = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
+            raise ValueError(
+                f"gradient_release=True is for a single AdamW or Adam, and there are {names}: with several, backward "
+                "does not know whose step it is, and other rules are not ours to take apart. Leave it out."
+            )
+        self._optimizer = optimizer
+        self._handles: dict[Tensor, Any] = {}
+        self._groups: dict[Tensor, dict[str, Any]] = {}
+        self._found: list[Tensor] = []
+        self._scale: Tensor | None = None
+        self._clip_value: float | None = None
+
+    @contextmanager
+    def running(self, scale: Tensor, clip_value: float | None) -> Generator[None, None, None]:
+        """Within, backward updates parameters.
+
+        Args:
+            scale: the loss scale, by which gradients are divided (float32, no dimensions).
+            clip_value: the largest magnitude of an element of a true gradient; None or 0 for any.
+        """
+        self._groups = {p: group for group in self._optimizer.param_groups for p in group["params"]}
+        for parameter in self._groups:
+            if parameter not in self._handles and parameter.requires_grad:
+                self._handles[parameter] = parameter.register_post_accumulate_grad_hook(self._update)
+        self._scale, self._clip_value = scale, float(clip_value) if clip_value else None
+        try:
+            yield
+        finally:
+            self._scale = None
+
+    def check_clipping(self, clip_val: float, algorithm: str) -> None:
+        """ValueError if gradients, which are gone by now, were not clipped as is asked for."""
+        if clip_val and (algorithm != "value" or clip_val != self._clip_value):
+            raise ValueError(
+                f"Clipping to {clip_val} by {algorithm!r} is asked for after backward, and gradient_release=True "
+                "has used the gradients by then: give Trainer(gradient_clip_val=..., gradient_clip_algorithm='value')."
+            )
+
+    def found_inf(self) -> Tensor:
+        """Whether a gradient was not finite since this was last asked: float32, no dimensions, on the device."""
+        found, self._found = self._found, []
+        if not found:
+            device = next(self._optimizer.parameters()).device
+            return torch.zeros((), dtype=torch.float32, device=device)
+        return torch.stack([one.to(found[0].device) for one in found]).amax()
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles.clear()
+
+    @torch.no_grad()
+    def _update(self, parameter: Tensor) -> None:
+        group = self._groups.get(parameter)
+        if self._scale is None or group is None or parameter.grad is None:
+            return
+        self._found.append(self._optimizer.step_one(parameter, group, self._scale, self._clip_value))
+        parameter.grad = None

@@ -1,0 +1,185 @@
+"""Gradient release: the same training, with no gradient kept, and refused where something needs them all at once."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from torch import Tensor, nn
+from training import Classifier, adamw, classification, fit, loader, mlp, trainer
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from lightning_mpt import PRESETS, MasterWeightPrecision
+from lightning_mpt.profiler import Category, MemoryProfiler
+
+BATCHES = 30
+ROUNDING = {"rtol": 1e-5, "atol": 1e-7}
+"""Parameters are updated one by one rather than together, and vector and scalar code round apart."""
+
+
+def released(**options: Any) -> MasterWeightPrecision:
+    return MasterWeightPrecision(**{"precision": "bf16-true", "gradient_release": True, **options})
+
+
+class TiedGPT2(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        shape: dict[str, Any] = {"n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 64, "n_positions": 32}
+        none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        self.net = GPT2LMHeadModel(GPT2Config(**shape, **none, bos_token_id=None, eos_token_id=None)).train()
+        self.losses: list[float] = []
+
+    def training_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
+        loss: Tensor = self.net(input_ids=batch[0], labels=batch[0]).loss
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+def tokens(count: int) -> list[tuple[Tensor, ...]]:
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randint(64, (4, 32), generator=generator),) for _ in range(count)]
+
+
+@pytest.mark.parametrize("storages", [PRESETS["exact"], PRESETS["compact"]], ids=["exact", "compact"])
+@pytest.mark.parametrize("options", [{}, {"precision": "16-true", "loss_scale": 256.0}], ids=["bf16", "fp16"])
+def test_training_is_what_it_is_without(options: dict[str, Any], storages: dict[str, Any]) -> None:
+    """With clipping by value, a schedule, and compact storage too."""
+
+    def configure(module: L.LightningModule) -> Any:
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=BATCHES)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    runs = []
+    for release in (True, False):
+        module = Classifier(mlp(), configure)
+        plugin = released(gradient_release=release, **options, **storages)
+        fit(module, classification(BATCHES), plugin, gradient_clip_val=0.01, gradient_clip_algorithm="value")
+        runs.append(module)
+    torch.testing.assert_close(runs[0].losses, runs[1].losses, rtol=1e-2, atol=1e-3)
+    if storages is PRESETS["exact"]:
+        torch.testing.assert_close(runs[0].state_dict(), runs[1].state_dict(), **ROUNDING)
+    assert runs[0].losses[-1] < runs[0].losses[0]
+
+
+def test_a_tied_weight_is_updated_once_when_both_its_uses_are_done() -> None:
+    ours, plain = TiedGPT2(), TiedGPT2()
+    fit(ours, tokens(10), released())
+    fit(plain, tokens(10), released(gradient_release=False))
+    torch.testing.assert_close(ours.losses, plain.losses, rtol=1e-3, atol=0)
+
+
+def test_no_more_than_a_layers_gradients_are_alive_together() -> None:
+    """Its weight's and its bias's in backward, and none when the step begins."""
+    in_backward: list[int] = []
+    before_step: list[int] = []
+
+    class Counts(Classifier):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            before_step.append(sum(parameter.grad is not None for parameter in self.parameters()))
+
+    module = Counts(mlp())
+
+    def count(parameter: Tensor) -> None:
+        in_backward.append(sum(other.grad is not None for other in module.parameters()))
+
+    for parameter in module.parameters():
+        parameter.register_post_accumulate_grad_hook(count)
+    fit(module, classification(3), released())
+    assert before_step == [0, 0, 0]
+    assert len(in_backward) == 3 * 6
+    assert max(in_backward) <= 2
+
+
+def test_a_gradient_that_is_not_finite_skips_its_parameter_alone_and_is_counted() -> None:
+    class Breaks(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            assert loss is not None
+            # 0 * inf: NaN for the last bias, nothing for the others.
+            return loss + self.net[-1].bias.sum() * 0.0 * (float("inf") if batch_idx == 1 else 1.0)  # type: ignore[index, operator]
+
+    seen: list[dict[str, Tensor]] = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+            seen.append({name: value.clone() for name, value in module.state_dict().items()})
+
+    plugin = released()
+    fit(Breaks(mlp()), classification(3), plugin, callbacks=[Watch()])
+    assert plugin.skipped_steps == 1
+    still = {name for name in seen[0] if torch.equal(seen[0][name], seen[1][name])}
+    assert still == {"net.4.bias"}
+    assert all(not torch.equal(seen[1][name], seen[2][name]) for name in seen[0])
+
+
+def manual(module: Classifier) -> Classifier:
+    module.automatic_optimization = False
+    return module
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (Classifier, {"gradient_clip_val": 1.0}, r"gradient_clip_val=1.0 by norm: the norm is known when"),
+        (Classifier, {"accumulate_grad_batches": 4}, r"accumulate_grad_batches=4: gradients are gone"),
+        (Classifier, {"callbacks": [GradientAccumulationScheduler({0: 2})]}, r"accumulate_grad_batches=2"),
+        (lambda net: manual(Classifier(net)), {}, "manual optimization"),
+        (lambda net: Classifier(net, lambda m: torch.optim.SGD(m.parameters(), lr=0.1)), {}, "single AdamW or Adam"),
+    ],
+    ids=["norm", "accumulation", "accumulation later", "manual", "SGD"],
+)  # fmt: skip
+def test_what_needs_all_gradients_is_refused_with_the_reason(
+    make: Callable[[nn.Module], L.LightningModule], options: dict[str, Any], message: str
+) -> None:
+    module = make(mlp())
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        fit(module, classification(4), released(), **options)
+    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("loss_scale", ["auto", "dynamic"])
+def test_a_dynamic_scale_is_refused_at_construction(loss_scale: str) -> None:
+    with pytest.raises(ValueError, match=r"gradient_release=True cannot be with loss_scale='\w+', which is dynamic"):
+        released(precision="16-true", loss_scale=loss_scale)
+
+
+def test_clipping_that_comes_too_late_is_refused() -> None:
+    class Clips(Classifier):
+        def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+            self.clip_gradients(optimizer, gradient_clip_val=0.5, gradient_clip_algorithm="norm")
+
+    with pytest.raises(ValueError, match=r"Clipping to 0\.5 by 'norm' is asked for after backward"):
+        fit(Clips(mlp()), classification(2), released())
+
+
+def test_after_fit_backward_leaves_gradients_again() -> None:
+    module = Classifier(mlp(), adamw())
+    fit(module, classification(2), released())
+    module(torch.randn(2, 16)).sum().backward()
+    assert all(parameter.grad is not None for parameter in module.parameters())
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in module.parameters())
+
+
+def test_the_profiler_sees_gradients_come_and_go(tmp_path: Path) -> None:
+    reports = {}
+    for release in (True, False):
+        module = Classifier(mlp(width=512))
+        profiler = MemoryProfiler(tmp_path)
+        ours = trainer(released(gradient_release=release), profiler=profiler)
+        ours.fit(module, loader(classification(6)))
+        reports[release] = profiler.report
+    largest = max(parameter.numel() for parameter in module.parameters())
+    backward, step = (reports[True].phases[phase].categories for phase in ("backward", "optimizer_step"))
+    assert 0 < backward[Category.GRADIENTS] <= 2 * largest
+    assert step[Category.GRADIENTS] == 0
+    assert reports[True].categories[Category.UNATTRIBUTED] <= 0.01 * reports[True].peak_bytes
+    assert reports[True].peak_bytes < reports[False].peak_bytes
