@@ -31,12 +31,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_mpt import MasterWeightPrecision
+from lightning_mpt import PRESETS, MasterWeightPrecision
 from lightning_mpt.profiler import MemoryProfiler
 
 PRECISIONS = ("mpt-16-true", "mpt-bf16-true", "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true")
-"""What `--precision` takes: two of ours, then Lightning's own."""
-OURS = ("loss_scale", "master_weights", "optimizer_state")
+"""What `--precision` takes: two of ours, which may be followed by `:compact` or `:minimal`, then Lightning's own."""
+OURS = ("loss_scale", "master_weights", "optimizer_state", "gradient_release")
 """The options that go to `MasterWeightPrecision`."""
 
 
@@ -233,8 +233,20 @@ def read_standard_library() -> tuple[Tensor, Tensor]:
 def precision_arguments(name: str, **ours: Any) -> dict[str, Any]:
     """The Trainer's arguments for a `--precision` name; `ours` goes to `MasterWeightPrecision`."""
     if name.startswith("mpt-"):
-        return {"plugins": [MasterWeightPrecision(name.removeprefix("mpt-"), **ours)]}
+        name, _, preset = name.removeprefix("mpt-").partition(":")
+        return {"plugins": [MasterWeightPrecision(name, **{**PRESETS[preset or "exact"], **ours})]}
     return {"precision": name}
+
+
+def parse_precision(text: str) -> str:
+    """One of PRECISIONS, those of ours with a preset or without."""
+    name, colon, preset = text.partition(":")
+    if name not in PRECISIONS or (colon and (not name.startswith("mpt-") or preset not in PRESETS)):
+        names = ", ".join(PRECISIONS)
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not one of {names}, or an mpt- one with :{' or :'.join(PRESETS)}"
+        )
+    return text
 
 
 def parse_loss_scale(text: str) -> str | float | None:
@@ -261,14 +273,22 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", choices=SIZES, help="default: tiny on CPU, small on a GPU")
     parser.add_argument("--steps", type=int, help="default: 400 on CPU, 1000 on a GPU")
-    parser.add_argument("--precision", choices=PRECISIONS, help="default: mpt-bf16-true on CPU, mpt-16-true on a GPU")
+    parser.add_argument(
+        "--precision",
+        type=parse_precision,
+        metavar="NAME",
+        help=f"one of {', '.join(PRECISIONS)}, an mpt- one perhaps with :compact (7 bytes a parameter rather than "
+        "14) or :minimal (5); default: mpt-bf16-true on CPU, mpt-16-true on a GPU",
+    )
     ours = parser.add_argument_group("for the mpt- precisions", argument_default=argparse.SUPPRESS)
     ours.add_argument("--loss-scale", type=parse_loss_scale, help="auto (default), dynamic, none or a number")
-    ours.add_argument("--master-weights", help="split (default) or float32")
-    ours.add_argument("--optimizer-state", help="how the moments are stored (default: float32)")
+    ours.add_argument("--master-weights", help="split (default), split8 or float32")
+    ours.add_argument("--optimizer-state", help="how the moments are stored: float32 (default), bfloat16 or 8bit")
+    ours.add_argument("--gradient-release", action="store_true", help="update within backward; no clipping by norm")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--seq-len", type=int, help="default: 256 on CPU, 1024 on a GPU")
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--no-clipping", action="store_true", help="do not clip the gradients' norm to 1")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--accelerator", choices=("auto", "cpu", "cuda"), default="auto")
     arguments = parser.parse_args(argv)
@@ -304,11 +324,13 @@ def main(argv: Sequence[str] | None = None) -> float:
     data = ByteText(
         seq_len=arguments.seq_len, batch_size=arguments.batch_size, steps=arguments.steps, seed=arguments.seed
     )
+    released = arguments.precision.endswith(":minimal") or "gradient_release" in arguments.ours
     trainer = L.Trainer(
         accelerator=arguments.accelerator,
         devices=1,
         max_epochs=1,  # of exactly --steps batches
-        gradient_clip_val=1.0,
+        # The norm of gradients that are gone is not to be had.
+        gradient_clip_val=None if released or arguments.no_clipping else 1.0,
         callbacks=[RichProgressBar()],
         profiler=MemoryProfiler(),
         logger=False,

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from .cross_entropy import SMALLEST, cross_entropy, serves
 from .storage import HALF_DTYPES
 
 LOSSES = frozenset(
@@ -44,19 +46,69 @@ LOSSES = frozenset(
 )
 """What `torch.nn.functional` calls losses; the modules of `torch.nn` call these."""
 
+CASTS = frozenset({Tensor.float, Tensor.to, Tensor.type})
+"""How callers bring logits to FP32 themselves."""
+
 REDUCED_PRECISION_SWITCHES = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
 
 
 class FP32Losses(TorchFunctionMode):
-    """Within it, the losses of `torch.nn.functional` see FP32 where they are given half tensors."""
+    """Within it, the losses of `torch.nn.functional` see FP32 where they are given half tensors.
+
+    Cross entropy over many classes is computed in FP32 without an FP32 copy of all logits (`cross_entropy.py`), also
+    where they were brought to FP32 by the caller: what was half a line before is remembered.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._half_of: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        """FP32 copies of many half logits, with the version they had: while they live, where they came from."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func in LOSSES:
+            if func is F.cross_entropy and (loss := self._cross_entropy(*args, **kwargs)) is not None:
+                return loss
             return func(*map(_to_fp32, args), **{name: _to_fp32(value) for name, value in kwargs.items()})
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func in CASTS and args[0].dtype in HALF_DTYPES and not torch.compiler.is_compiling():
+            self._remember(args[0], result)
+        return result
+
+    def _remember(self, half: Tensor, copy: Any) -> None:
+        worth_it = half.requires_grad and half.numel() >= SMALLEST
+        if worth_it and isinstance(copy, Tensor) and copy.dtype == torch.float32:
+            self._half_of[copy] = half, copy._version
+
+    def _cross_entropy(
+        self,
+        input: Any,
+        target: Any,
+        weight: Any = None,
+        size_average: Any = None,
+        ignore_index: int = -100,
+        reduce: Any = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ) -> Tensor | None:
+        """The loss, computed with little memory; None where that is not for these arguments."""
+        logits = self._half_logits(input)
+        plain = size_average is None and reduce is None and reduction in ("mean", "sum", "none")
+        if not plain or not serves(logits, target, weight, label_smoothing):
+            return None
+        return cross_entropy(logits, target, ignore_index, reduction)
+
+    def _half_logits(self, logits: Any) -> Any:
+        """The half logits that these are the FP32 values of, in the same shape; else they themselves."""
+        if not isinstance(logits, Tensor) or logits.dtype != torch.float32:
+            return logits
+        copy = logits if logits._base is None else logits._base
+        half, version = self._half_of.get(copy, (None, None))
+        if half is None or version != copy._version or not (half.is_contiguous() and logits.is_contiguous()):
+            return logits
+        return half.view(logits.shape) if half.numel() == logits.numel() else logits
 
 
 def _to_fp32(value: Any) -> Any:

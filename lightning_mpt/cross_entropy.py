@@ -1,0 +1,95 @@
+"""Cross entropy of half logits in FP32, with nothing in FP32 that is as large as they are.
+
+Over a vocabulary the logits are the largest activation of a network. `F.cross_entropy` in FP32 makes an FP32 copy of
+them, keeps their log-softmax for backward, and gives back an FP32 gradient, which is then rounded to half since the
+logits are: 10 to 14 bytes for each 2 of theirs. Here each row's log of the sum of exponentials is kept, and softmax is
+computed again in backward, in FP32, some rows at a time, straight into the half gradient. The numbers are the same.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .pieces import pieces
+from .storage import HALF_DTYPES
+
+SMALLEST = 2**20
+"""Fewer logits are not worth it."""
+LOGITS_AT_ONCE = {"cpu": 2**17}
+"""Elements brought to FP32 at once: on a CPU what stays in its caches, elsewhere `DEFAULT_AT_ONCE`."""
+DEFAULT_AT_ONCE = 2**25
+
+
+def serves(logits: Any, target: Any, weight: Any, label_smoothing: float) -> bool:
+    """Whether `cross_entropy` can take the place of `F.cross_entropy` for these arguments, and is worth it."""
+    return (
+        isinstance(logits, Tensor)
+        and isinstance(target, Tensor)
+        and logits.dtype in HALF_DTYPES
+        and logits.dim() == 2
+        and logits.requires_grad
+        and logits.numel() >= SMALLEST
+        and target.dtype == torch.int64
+        and target.shape == logits.shape[:1]
+        and weight is None
+        and label_smoothing == 0
+        and not torch.compiler.is_compiling()
+    )
+
+
+def cross_entropy(logits: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    """As `F.cross_entropy(logits.float(), ...)`.
+
+    Args:
+        logits: rows x classes, float16 or bfloat16.
+        target: a class for each row, int64.
+        ignore_index: rows with this target count for nothing.
+        reduction: `mean` over the rows that count, `sum` or `none`.
+
+    Returns:
+        float32: without dimensions, or one for each row. The gradient of the logits has their dtype.
+    """
+    losses: Tensor = _RowLosses.apply(logits, target, ignore_index)
+    if reduction == "none":
+        return losses
+    total = losses.sum()
+    return total if reduction == "sum" else total / (target != ignore_index).sum()
+
+
+class _RowLosses(torch.autograd.Function):
+    """The loss of each row, float32; 0 where it is ignored."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+        losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+        log_sums = torch.empty_like(losses)
+        for rows in _some_rows(logits):
+            fp32 = logits[rows].float()
+            log_sums[rows] = fp32.logsumexp(1)
+            # nll_loss picks the target's logit, and checks the target as F.cross_entropy does.
+            picked = F.nll_loss(fp32, target[rows], ignore_index=ignore_index, reduction="none")
+            losses[rows] = torch.where(target[rows] == ignore_index, picked, log_sums[rows] + picked)
+        ctx.save_for_backward(logits, target, log_sums)
+        ctx.ignore_index = ignore_index
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        logits, target, log_sums = ctx.saved_tensors
+        gradient = torch.where(target == ctx.ignore_index, 0.0, gradient)
+        target = torch.where(target == ctx.ignore_index, 0, target)
+        if torch.is_grad_enabled():  # create_graph=True: in operations that autograd knows
+            one_hot = F.one_hot(target, logits.shape[1])
+            return ((logits.float().softmax(1) - one_hot) * gradient[:, None]).to(logits.dtype), None, None
+        result = torch.empty_like(logits)
+        for rows in _some_rows(logits):
+            fp32 = logits[rows].float().sub_(log_sums[rows, None]).exp_().mul_(gradient[rows, None])
+            result[rows] = fp32.scatter_add_(1, target[rows, None], -gradient[rows, None])
+        return result, None, None
+
+
+def _some_rows(logits: Tensor) -> Any:
+    at_once = LOGITS_AT_ONCE.get(logits.device.type, DEFAULT_AT_ONCE)
+    return pieces(len(logits), max(1, at_once // logits.shape[1]))

@@ -1,0 +1,176 @@
+"""Cross entropy of many half logits: the numbers of FP32, gradients too, with nothing in FP32 as large as they are."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_mpt import cross_entropy as module
+from lightning_mpt.numerics import FP32Losses
+from lightning_mpt.profiler import MemoryRecorder
+
+HALVES = (torch.bfloat16, torch.float16)
+ROWS, CLASSES = 130, 40
+ULP = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+"""Both are computed in FP32, and may be rounded to either neighbour where that falls on a tie."""
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve few logits too, and in steps of three rows."""
+    from lightning_mpt import numerics
+
+    monkeypatch.setattr(module, "SMALLEST", 1)
+    monkeypatch.setattr(numerics, "SMALLEST", 1)
+    monkeypatch.setitem(module.LOGITS_AT_ONCE, "cpu", 3 * CLASSES + 1)
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The logits that it was called with."""
+    calls: list[Tensor] = []
+    original = module.cross_entropy
+
+    def counted(logits: Tensor, *args: Any) -> Tensor:
+        calls.append(logits)
+        return original(logits, *args)
+
+    monkeypatch.setattr("lightning_mpt.numerics.cross_entropy", counted)
+    return calls
+
+
+def logits_and_target(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = (8 * torch.randn(ROWS, CLASSES, generator=generator)).to(dtype)
+    target = torch.randint(CLASSES, (ROWS,), generator=generator)
+    target[::7] = -100
+    return logits, target
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("ignore_index", [-100, 3])
+def test_losses_and_gradients_are_those_of_fp32(
+    served: list[Tensor], dtype: torch.dtype, reduction: str, ignore_index: int
+) -> None:
+    logits, target = logits_and_target(dtype)
+    target = target.masked_fill(target == -100, ignore_index)
+    results = []
+    for ours in (True, False):
+        x = logits.clone().requires_grad_()
+        if ours:
+            with FP32Losses():
+                loss = F.cross_entropy(x, target, ignore_index=ignore_index, reduction=reduction)
+        else:
+            loss = F.cross_entropy(x.float(), target, ignore_index=ignore_index, reduction=reduction)
+        assert loss.dtype == torch.float32
+        (loss * torch.linspace(0.5, 2, ROWS) if reduction == "none" else loss * 100).sum().backward()
+        assert x.grad is not None
+        assert x.grad.dtype == dtype
+        results.append((loss.detach(), x.grad))
+    assert len(served) == 1
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=ULP[dtype], atol=1e-6)
+
+
+def as_transformers(x: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(x.float().view(-1, CLASSES), target)
+
+
+def as_a_module(x: Tensor, target: Tensor) -> Tensor:
+    return torch.nn.CrossEntropyLoss()(x.view(2, -1, CLASSES).flatten(0, 1), target)
+
+
+def by_name(x: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(input=x.to(torch.float32), target=target)
+
+
+@pytest.mark.parametrize("call", [as_transformers, as_a_module, by_name])
+def test_it_serves_however_logits_come(served: list[Tensor], call: Callable[[Tensor, Tensor], Tensor]) -> None:
+    logits, target = logits_and_target(torch.bfloat16)
+    with FP32Losses():
+        loss = call(logits.requires_grad_(), target)
+    assert [x.dtype for x in served] == [torch.bfloat16]
+    torch.testing.assert_close(loss, F.cross_entropy(logits.float(), target))
+
+
+def changed(x: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(x.float().mul_(2), target)
+
+
+def scaled(x: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(x.float() / 2, target)
+
+
+def smoothed(x: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(x, target, label_smoothing=0.1)
+
+
+def weighted(x: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(x, target, weight=torch.linspace(0.5, 1, CLASSES))
+
+
+def part(x: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(x.float()[1:], target[1:])
+
+
+def transposed(x: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(x.float().view(2, -1, CLASSES).transpose(1, 2), target.view(2, -1))
+
+
+@pytest.mark.parametrize("call", [changed, scaled, smoothed, weighted, part, transposed])
+def test_anything_else_is_torchs_own_in_fp32(served: list[Tensor], call: Callable[[Tensor, Tensor], Tensor]) -> None:
+    logits, target = logits_and_target(torch.bfloat16)
+    with FP32Losses():
+        loss = call(logits.clone().requires_grad_(), target)
+    assert served == []
+    assert torch.equal(loss, call(logits.float(), target))
+
+
+def test_a_gradient_of_the_gradient_is_there_where_it_is_asked_for() -> None:
+    logits, target = logits_and_target(torch.bfloat16)
+    penalties = []
+    for ours in (True, False):
+        x = logits.clone().requires_grad_()
+        if ours:
+            with FP32Losses():
+                loss = F.cross_entropy(x, target)
+        else:
+            loss = F.cross_entropy(x.float(), target)
+        (gradient,) = torch.autograd.grad(loss * 1000, x, create_graph=True)
+        (second,) = torch.autograd.grad(gradient.float().square().sum(), x)
+        penalties.append(second)
+    assert penalties[0].abs().max() > 0
+    torch.testing.assert_close(penalties[0], penalties[1], rtol=0.05, atol=0.05 * float(penalties[1].abs().max()))
+
+
+def test_a_class_that_is_not_there_is_an_error_as_in_torch() -> None:
+    logits, target = logits_and_target(torch.bfloat16)
+    target[5] = CLASSES
+    with FP32Losses(), pytest.raises(IndexError, match="out of bounds"):
+        F.cross_entropy(logits.requires_grad_(), target)
+
+
+def test_nothing_in_fp32_is_as_large_as_the_logits() -> None:
+    """The peak is the logits and their half gradient, and little else; torch's own takes four times as much more."""
+    rows, classes = 512, 4096
+    peaks = {}
+    for ours in (True, False):
+        head = torch.nn.Linear(8, classes, bias=False).bfloat16()
+        x, target = torch.randn(rows, 8).bfloat16(), torch.zeros(rows, dtype=torch.int64)
+        recorder = MemoryRecorder(head, steps=1, warmup_steps=1)
+        with recorder, FP32Losses():
+            for _ in range(2):
+                logits = head(x)
+                loss = F.cross_entropy(logits if ours else logits.float() * 1.0, target)
+                del logits
+                loss.backward()
+                del loss
+                head.zero_grad()
+                recorder.step()
+        peaks[ours] = recorder.report.peak_bytes
+    assert peaks[True] <= 1.2 * 2 * 2 * rows * classes
+    assert peaks[False] >= 2.2 * peaks[True]
