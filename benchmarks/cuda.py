@@ -33,7 +33,17 @@ from benchmarks.common import RESULTS, ROOT, environment, slug, without_paths, w
 
 BUDGET_S = 450.0
 FIXTURES = ROOT / "tests" / "fixtures"
-PRECISIONS = ("mpt-16-true", "32-true", "16-mixed", "mpt-bf16-true", "bf16-mixed", "16-true", "bf16-true")
+PRECISIONS = (
+    "mpt-16-true",
+    "32-true",
+    "16-mixed",
+    "mpt-bf16-true:compact",
+    "mpt-bf16-true",
+    "bf16-mixed",
+    "mpt-bf16-true:minimal",
+    "16-true",
+    "bf16-true",
+)
 
 
 class Piece(NamedTuple):
@@ -49,8 +59,9 @@ def plan() -> list[Piece]:
         Piece("trace", 60.0),
         Piece("tests", 170.0),
         *(Piece(f"step:{count}", 60.0) for count in ("10M", "100M", "1B")),
-        *(Piece(f"train:{precision}:long", 60.0) for precision in PRECISIONS),
-        *(Piece(f"train:{precision}:short", 45.0) for precision in PRECISIONS[:5]),
+        *(Piece(f"tensors:{count}", 45.0) for count in (10, 1000, 5000)),
+        *(Piece(f"train:long:{precision}", 60.0) for precision in PRECISIONS),
+        *(Piece(f"train:short:{precision}", 45.0) for precision in PRECISIONS[:5]),
     ]
 
 

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from benchmarks.common import cuda_clock, gpt_shapes, interleave
+from benchmarks.common import Timing, cuda_clock, gpt_shapes, interleave
 from examples.train_gpt import ByteText, GPTModule, precision_arguments, quiet_lightning
-from lightning_mpt import MasterAdamW
+from lightning_mpt import PRESETS, MasterAdamW
 from lightning_mpt.profiler import MemoryProfiler
 
-MOVED_BYTES = {"float32": 28, "split": 26}
-"""Bytes per parameter that a step must read and write, by the kind of master weight; FP32 AdamW moves 28 too."""
+UNDER_AUTOCAST = "torch fused, fp32, GradScaler, recast"
+TENSORS_PARAMETERS = 10_000_000
 SHAPES: dict[str, dict[str, int]] = {
     "10M": {"width": 256, "layers": 12},
     "100M": {"width": 768, "layers": 12, "vocab_size": 50304},
@@ -57,7 +58,7 @@ class StepClock(L.Callback):
         self.losses.append(outputs["loss"].detach().float())
 
 
-def train(precision: str, length: str) -> dict[str, Any]:
+def train(length: str, precision: str) -> dict[str, Any]:
     """Train GPT-2: its peak by category, its step time and its losses."""
     quiet_lightning()
     L.seed_everything(0, verbose=False)
@@ -69,7 +70,7 @@ def train(precision: str, length: str) -> dict[str, Any]:
         accelerator=DEVICE,
         devices=1,
         max_epochs=1,
-        gradient_clip_val=1.0,
+        gradient_clip_val=None if precision.endswith(":minimal") else 1.0,
         callbacks=[clock],
         profiler=profiler,
         logger=False,
@@ -103,19 +104,31 @@ def train(precision: str, length: str) -> dict[str, Any]:
 
 
 def step(size: str) -> dict[str, Any]:
-    """Time optimizer steps over `size` parameters: ours and torch's fused FP32 AdamW, with and without a GradScaler."""
-    shapes = gpt_shapes(**SHAPES[size])
+    """Time optimizer steps over models of `size`: ours in its formats, torch's with all that it needs, flashoptim's."""
+    return time_steps(gpt_shapes(**SHAPES[size]), few=size == "1B")
+
+
+def tensors(count: str) -> dict[str, Any]:
+    """Time steps over ten million parameters in `count` tensors of one size: what a tensor costs."""
+    return time_steps([(TENSORS_PARAMETERS // int(count),)] * int(count))
+
+
+def time_steps(shapes: list[tuple[int, ...]], *, few: bool = False) -> dict[str, Any]:
+    """Time every case in turn, round by round. `few`: only those that fit together on a device at a billion.
+
+    What FP32 training under autocast needs beside the fused step is timed with it: GradScaler's look at the gradients,
+    and the half copies of the weights that autocast makes anew after each step (`recast`).
+    """
     count = sum(torch.Size(shape).numel() for shape in shapes)
     source, target = (torch.empty(COPY_BYTES, dtype=torch.uint8, device=DEVICE) for _ in range(2))
     cases: dict[str, Callable[[], object]] = {COPY: lambda: target.copy_(source)}
-    moved = {COPY: 2 * source.numel()}
+    moved = {COPY: 2.0 * source.numel()}
     left_out: dict[str, str] = {}
     syncs: dict[str, str] = {}
 
-    def add(name: str, moved_bytes: int, build: Callable[[], torch.optim.Optimizer], scaled: bool = False) -> None:
+    def add(name: str, moved_bytes: float, build: Callable[[], Callable[[], object]]) -> None:
         try:
-            optimizer = build()
-            call = scaled_step(optimizer) if scaled else optimizer.step
+            call = build()
             for _ in range(3):  # the first makes the state; a kernel is compiled here
                 call()
             torch.cuda.synchronize()
@@ -126,20 +139,22 @@ def step(size: str) -> dict[str, Any]:
             gc.collect()
             torch.cuda.empty_cache()
 
-    def ours(dtype: torch.dtype, master_weights: str) -> Callable[[], torch.optim.Optimizer]:
-        return lambda: MasterAdamW(parameters(shapes, dtype), lr=1e-3, master_weights=master_weights)
+    def ours(dtype: torch.dtype, **storages: Any) -> Callable[[], Callable[[], object]]:
+        return lambda: scanned_step(MasterAdamW(parameters(shapes, dtype), lr=1e-3, **storages))
 
-    add("torch fused, fp32", 28, lambda: torch.optim.AdamW(parameters(shapes, torch.float32), lr=1e-3, fused=True))
-    for master_weights in ("split", "float32"):
-        for dtype, name in ((torch.float16, "fp16"), (torch.bfloat16, "bf16")):
-            add(f"mpt {master_weights}, {name}", MOVED_BYTES[master_weights], ours(dtype, master_weights))
-    add("mpt split, fp16, GradScaler", 26 + 2, ours(torch.float16, "split"), scaled=True)
-    add(
-        "torch fused, fp32, GradScaler",
-        28 + 4,
-        lambda: torch.optim.AdamW(parameters(shapes, torch.float32), lr=1e-3, fused=True),
-        scaled=True,
-    )
+    add(UNDER_AUTOCAST, 28 + 8 + 6, lambda: autocast_step(parameters(shapes, torch.float32)))
+    add("mpt exact, fp16", 26 + 2, ours(torch.float16))
+    add("mpt compact, fp16", 12.125 + 2, ours(torch.float16, **PRESETS["compact"]))
+    add("flashoptim 24 bits and 8, bf16", 12.125, lambda: flash_step(parameters(shapes, torch.bfloat16)))
+    if not few:
+        fp32 = partial(parameters, shapes, torch.float32)
+        add("torch fused, fp32", 28, lambda: torch.optim.AdamW(fp32(), lr=1e-3, fused=True).step)
+        add("torch foreach, fp32", 28, lambda: torch.optim.AdamW(fp32(), lr=1e-3, foreach=True).step)
+        add("mpt exact, bf16", 26 + 2, ours(torch.bfloat16))
+        add("mpt float32 masters, bf16", 28 + 2, ours(torch.bfloat16, master_weights="float32"))
+        add("mpt bfloat16 moments, bf16", 18 + 2, ours(torch.bfloat16, optimizer_state="bfloat16"))
+        add("mpt compact, bf16", 12.125 + 2, ours(torch.bfloat16, **PRESETS["compact"]))
+        add("mpt exact, fp16, GradScaler", 26 + 4, lambda: scaled_step(MasterAdamW(parameters(shapes, torch.float16))))
     timings = interleave(cases, rounds=20, warmup=3, clock=cuda_clock)
     copy_rate = moved[COPY] / timings[COPY].median_s
     found: dict[str, Any] = {"parameters": count, "tensors": len(shapes), "cases": {}, "left_out": left_out}
@@ -150,14 +165,16 @@ def step(size: str) -> dict[str, Any]:
             "moved_bytes": moved[name],
             "bytes_per_s": rate,
             "share_of_copy": rate / copy_rate,
+            "times_under_autocast": ratio(timing.median_s, timings),
             "host_synchronization": syncs.get(name),
         }
     found["summary"] = "; ".join(
         f"{name}: {case['median_s'] * 1e3:.2f} ms ({case['share_of_copy']:.0%})"
         for name, case in found["cases"].items()
     )
-    if left_out:
-        found["error"] = f"{len(left_out)} left out: " + "; ".join(f"{key}: {why}" for key, why in left_out.items())
+    failed = {name: why for name, why in left_out.items() if not why.startswith("ModuleNotFoundError")}
+    if failed:
+        found["error"] = f"{len(failed)} failed: " + "; ".join(f"{name}: {why}" for name, why in failed.items())
     return found
 
 
@@ -199,6 +216,46 @@ def parameters(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[torch.
         parameter.grad = (1e-3 * torch.randn(shape, device=DEVICE, generator=generator)).to(dtype)
         made.append(parameter)
     return made
+
+
+def ratio(median_s: float, timings: dict[str, Timing]) -> float | None:
+    """How many times the FP32 step's time, with all that it needs under autocast."""
+    return median_s / timings[UNDER_AUTOCAST].median_s if UNDER_AUTOCAST in timings else None
+
+
+def scanned_step(optimizer: MasterAdamW) -> Callable[[], object]:
+    """A step as the plugin drives it: one look at the gradients, then unscale, clip by the norm and update in one."""
+    scale = torch.full((), 1.0, device=DEVICE)
+
+    def call() -> None:
+        found_inf, norm = optimizer.scan_gradients(norm=True)
+        assert norm is not None
+        optimizer.grad_scale = scale * (norm / scale).clamp(min=1.0)
+        optimizer.found_inf, optimizer.clip_value = found_inf, None
+        optimizer.step()
+
+    return call
+
+
+def autocast_step(fp32: list[torch.nn.Parameter]) -> Callable[[], object]:
+    """Fused FP32 AdamW driven by a GradScaler, and the half copies that autocast makes of its weights."""
+    step = scaled_step(torch.optim.AdamW(fp32, lr=1e-3, fused=True))
+    halves = [torch.empty_like(parameter, dtype=torch.float16) for parameter in fp32]
+
+    def call() -> None:
+        step()
+        torch._foreach_copy_(halves, [parameter.detach() for parameter in fp32])
+
+    return call
+
+
+def flash_step(half: list[torch.nn.Parameter]) -> Callable[[], object]:
+    """FlashOptim's AdamW in the formats of our `compact`; ImportError where it is not installed."""
+    from flashoptim import FlashAdamW
+
+    optimizer = FlashAdamW(half, lr=1e-3, quantize=True, master_weight_bits=24)
+    call: Callable[[], object] = optimizer.step
+    return call
 
 
 def scaled_step(optimizer: torch.optim.Optimizer) -> Callable[[], object]:
@@ -249,9 +306,9 @@ def plain(value: Any) -> Any:
 
 
 def main(piece: str, answer: str) -> None:
-    """Run `piece` (`trace`, `step:SIZE`, or `train:PRECISION:LENGTH`) and write what it found to `answer`."""
-    kind, *details = piece.split(":")
-    found = {"train": train, "step": step, "trace": trace}[kind](*details)
+    """Run `piece` (`trace`, `step:SIZE`, `tensors:COUNT`, `train:LENGTH:PRECISION`) and write what it found."""
+    kind, *details = piece.split(":", 2)  # a precision may have a colon of its own
+    found = {"train": train, "step": step, "tensors": tensors, "trace": trace}[kind](*details)
     Path(answer).write_text(json.dumps(found), encoding="utf-8")
 
 
