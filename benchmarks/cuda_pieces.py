@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import Timing, cuda_clock, gpt_shapes, interleave
-from examples.train_gpt import ByteText, GPTModule, precision_arguments, quiet_lightning
+from examples.train_gpt import ByteText, GPTModule, quiet_lightning
 from lightning_mpt import PRESETS, MasterAdamW
+from lightning_mpt.precisions import trainer_arguments
 from lightning_mpt.profiler import MemoryProfiler
 
 UNDER_AUTOCAST = "torch fused, fp32, GradScaler, recast"
@@ -78,7 +79,7 @@ def train(length: str, precision: str) -> dict[str, Any]:
         enable_model_summary=False,
         enable_progress_bar=False,
         limit_val_batches=0,
-        **precision_arguments(precision),
+        **trainer_arguments(precision),
     )
     trainer.fit(module, data)
     report = profiler.report
@@ -195,7 +196,7 @@ def trace() -> dict[str, Any]:
             enable_model_summary=False,
             enable_progress_bar=False,
             limit_val_batches=0,
-            **precision_arguments("mpt-16-true"),
+            **trainer_arguments("mpt-16-true"),
         )
         trainer.fit(GPTModule("nano", seq_len=64, steps=5), ByteText(seq_len=64, batch_size=4, steps=5))
         report = profiler.report

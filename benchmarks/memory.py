@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from benchmarks.common import RESULTS, ROOT, environment, without_paths, write_result
-from examples.train_gpt import precision_arguments, quiet_lightning
+from examples.train_gpt import quiet_lightning
+from lightning_mpt.precisions import trainer_arguments
 from lightning_mpt.profiler import MemoryProfiler
 
 REFERENCE = "32-true"
@@ -122,7 +123,7 @@ def measure(precision: str, case: Case) -> dict[str, Any]:
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
-        **precision_arguments(precision),
+        **trainer_arguments(precision),
     )
     trainer.fit(module, DataLoader(samples, batch_size=case.batch_size))
     report = profiler.report

@@ -26,9 +26,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_mpt import MasterWeightPrecision
-
-PRECISIONS = ("mpt-16-true", "mpt-bf16-true", "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true")
+from lightning_mpt.precisions import NAMES, trainer_arguments
 
 
 class Result(NamedTuple):
@@ -100,7 +98,6 @@ def train(precision: str, *, epochs: int, width: int, seed: int, accelerator: st
     """Train from `seed` under `precision`, then test. The accuracy is a share of the test images, 0 to 1."""
     L.seed_everything(seed, verbose=False)
     module, data = DigitsModule(width=width), Digits(seed=seed)
-    ours = precision.startswith("mpt-")
     trainer = L.Trainer(
         accelerator=accelerator,
         devices=1,
@@ -109,8 +106,7 @@ def train(precision: str, *, epochs: int, width: int, seed: int, accelerator: st
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
-        precision=None if ours else precision,  # type: ignore[arg-type]
-        plugins=[MasterWeightPrecision(precision.removeprefix("mpt-"))] if ours else None,
+        **trainer_arguments(precision),
     )
     start = time.perf_counter()
     trainer.fit(module, data)
@@ -122,7 +118,8 @@ def train(precision: str, *, epochs: int, width: int, seed: int, accelerator: st
 def main(argv: Sequence[str] | None = None) -> list[Result]:
     """Train as the command line says and print the test accuracy of each run."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--precision", choices=PRECISIONS, help="default: mpt-bf16-true on CPU, mpt-16-true on a GPU")
+    default = "default: mpt-bf16-true on CPU, mpt-16-true on a GPU"
+    parser.add_argument("--precision", choices=NAMES, metavar="NAME", help=default)
     parser.add_argument("--compare", action="store_true", help="run 32-true as well, from the same seed")
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--width", type=int, default=32, help="channels of the first convolution")

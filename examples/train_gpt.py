@@ -31,11 +31,10 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_mpt import PRESETS, MasterWeightPrecision
+from lightning_mpt.precisions import LIGHTNING, check_name, trainer_arguments
+from lightning_mpt.precisions import OURS as MASTER_WEIGHTS
 from lightning_mpt.profiler import MemoryProfiler
 
-PRECISIONS = ("mpt-16-true", "mpt-bf16-true", "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true")
-"""What `--precision` takes: two of ours, which may be followed by `:compact` or `:minimal`, then Lightning's own."""
 OURS = ("loss_scale", "master_weights", "optimizer_state", "gradient_release")
 """The options that go to `MasterWeightPrecision`."""
 
@@ -230,23 +229,12 @@ def read_standard_library() -> tuple[Tensor, Tensor]:
     return train, validation
 
 
-def precision_arguments(name: str, **ours: Any) -> dict[str, Any]:
-    """The Trainer's arguments for a `--precision` name; `ours` goes to `MasterWeightPrecision`."""
-    if name.startswith("mpt-"):
-        name, _, preset = name.removeprefix("mpt-").partition(":")
-        return {"plugins": [MasterWeightPrecision(name, **{**PRESETS[preset or "exact"], **ours})]}
-    return {"precision": name}
-
-
 def parse_precision(text: str) -> str:
-    """One of PRECISIONS, those of ours with a preset or without."""
-    name, colon, preset = text.partition(":")
-    if name not in PRECISIONS or (colon and (not name.startswith("mpt-") or preset not in PRESETS)):
-        names = ", ".join(PRECISIONS)
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not one of {names}, or an mpt- one with :{' or :'.join(PRESETS)}"
-        )
-    return text
+    """A precision's name."""
+    try:
+        return check_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def parse_loss_scale(text: str) -> str | float | None:
@@ -277,8 +265,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--precision",
         type=parse_precision,
         metavar="NAME",
-        help=f"one of {', '.join(PRECISIONS)}, an mpt- one perhaps with :compact (7 bytes a parameter rather than "
-        "14) or :minimal (5); default: mpt-bf16-true on CPU, mpt-16-true on a GPU",
+        help=f"one of {', '.join((*MASTER_WEIGHTS, *LIGHTNING))}, an mpt- one perhaps with :compact (7 bytes a "
+        "parameter rather than 14) or :minimal (5); default: mpt-bf16-true on CPU, mpt-16-true on a GPU",
     )
     ours = parser.add_argument_group("for the mpt- precisions", argument_default=argparse.SUPPRESS)
     ours.add_argument("--loss-scale", type=parse_loss_scale, help="auto (default), dynamic, none or a number")
@@ -337,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> float:
         enable_checkpointing=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        **precision_arguments(arguments.precision, **arguments.ours),
+        **trainer_arguments(arguments.precision, **arguments.ours),
     )
     trainer.fit(module, data)
     loss = trainer.callback_metrics["val_loss"].item()

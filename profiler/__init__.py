@@ -3,19 +3,22 @@
 from typing import TYPE_CHECKING, Any
 
 from .category import Category
+from .figures import AllocatorHealth, Duplicate, ModuleForward, PhasePeak, TensorUse, TimelinePoint
 from .recorder import MemoryRecorder
-from .report import Comparison, Duplicate, MemoryReport, PhasePeak, TensorUse, TimelinePoint
+from .report import Comparison, MemoryReport
 
 if TYPE_CHECKING:
     from .lightning import MemoryProfiler
 
 __all__ = [
+    "AllocatorHealth",
     "Category",
     "Comparison",
     "Duplicate",
     "MemoryProfiler",
     "MemoryRecorder",
     "MemoryReport",
+    "ModuleForward",
     "PhasePeak",
     "TensorUse",
     "TimelinePoint",

@@ -73,6 +73,12 @@ class Ledger:
     peak: Peak
     phases: dict[str, Peak]
     timeline: list[Moment]
+    phase_names: list[str] = field(default_factory=list)
+    """Of the phase marks, in order of time."""
+
+    def phase_of_birth(self, block: Block) -> str | None:
+        """The phase in which the block was born; None for what is older than the recording."""
+        return self.phase_names[block.born_phase] if block.born >= 0 and block.born_phase >= 0 else None
 
     def live_at_peak(self) -> Iterator[Block]:
         """The blocks that made up the peak."""
@@ -93,7 +99,9 @@ def replay(recording: Recording, timeline_points: int = 400) -> Ledger:
     phases = sorted(recording.phases, key=itemgetter(0))
     blocks = _blocks(recording.start, events, phases)
     _assign(recording, blocks, events, phases)
-    return _sweep(recording.windows, events, phases, blocks, timeline_points)
+    ledger = _sweep(recording.windows, events, phases, blocks, timeline_points)
+    ledger.phase_names = [mark.name or OUTSIDE for mark in phases]
+    return ledger
 
 
 def _blocks(start: list[Event], events: list[Event], phases: list[Mark]) -> list[Block]:

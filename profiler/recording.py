@@ -6,15 +6,15 @@ replayed elsewhere.
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .category import Category
+from .figures import AllocatorHealth, Duplicate, ModuleForward
 
 TRACE_FORMAT = "lightning-mpt-memory-trace"
-TRACE_VERSION = 1
+TRACE_VERSION = 2
 
 
 class Event(NamedTuple):
@@ -61,6 +61,13 @@ class Gone(NamedTuple):
     address: int
 
 
+class Interval(NamedTuple):
+    """A stretch of time in which the profiler itself worked: what was allocated then is no part of training."""
+
+    start_ns: int
+    end_ns: int
+
+
 class Window(NamedTuple):
     """One counted step, and the allocator's own peak within it (None where the allocator keeps none)."""
 
@@ -91,6 +98,15 @@ class Recording:
     """By how much the times of events may be off against those of claims and marks."""
     claims_make_blocks: bool = False
     """True where the source cannot list what is alive (CPU): then a claim without a block stands for a block."""
+    own: list[Interval] = field(default_factory=list)
+    """When the profiler itself allocated. Blocks that were born and freed within one of these are left out."""
+    forwards: dict[str, ModuleForward] = field(default_factory=dict)
+    """By module path."""
+    duplicates: list[Duplicate] = field(default_factory=list)
+    optimizers: list[str] = field(default_factory=list)
+    """Class names."""
+    health: AllocatorHealth | None = None
+    notes: list[str] = field(default_factory=list)
 
     def save(self, path: str | Path) -> None:
         """Write this recording as JSON to `path`."""
@@ -118,6 +134,15 @@ class Recording:
             workspace_bytes=content["workspace_bytes"],
             clock_error_ns=content["clock_error_ns"],
             claims_make_blocks=content["claims_make_blocks"],
+            own=[Interval(*row) for row in content["own"]],
+            forwards={path: ModuleForward(**forward) for path, forward in content["forwards"].items()},
+            duplicates=[
+                Duplicate(double["module"], tuple(double["shape"]), tuple(double["dtypes"]), double["bytes"])
+                for double in content["duplicates"]
+            ],
+            optimizers=content["optimizers"],
+            health=None if content["health"] is None else AllocatorHealth(**content["health"]),
+            notes=content["notes"],
         )
 
 
@@ -139,7 +164,14 @@ def read_versioned(path: str | Path, format_name: str, version: int, what: str) 
 
 
 def _plain(recording: Recording) -> dict[str, Any]:
-    def rows(items: Sequence[Any]) -> list[Any]:
-        return [list(item) if isinstance(item, tuple) else item for item in items]
+    return {name: _json(value) for name, value in vars(recording).items()}
 
-    return {name: rows(value) if isinstance(value, list) else value for name, value in vars(recording).items()}
+
+def _json(value: Any) -> Any:
+    if isinstance(value, ModuleForward | Duplicate | AllocatorHealth):
+        return asdict(value)
+    if isinstance(value, dict):
+        return {key: _json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json(item) for item in value]
+    return value

@@ -2,56 +2,18 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .category import Category
+from .figures import AllocatorHealth, Duplicate, ModuleForward, PhasePeak, TensorUse, TimelinePoint
 from .ledger import Ledger, replay
 from .recording import Recording, read_versioned
 
 REPORT_FORMAT = "lightning-mpt-memory-report"
-REPORT_VERSION = 1
+REPORT_VERSION = 2
 LARGEST_TENSORS = 50
-
-
-@dataclass(frozen=True)
-class PhasePeak:
-    """The highest moment of one phase. `categories` sums to `peak_bytes`."""
-
-    peak_bytes: int
-    categories: Mapping[Category, int]
-
-
-@dataclass(frozen=True)
-class TensorUse:
-    """A block that was alive at the peak. `shape` and `dtype` are None where no owner told of them."""
-
-    bytes: int
-    category: Category
-    module: str | None
-    shape: tuple[int, ...] | None
-    dtype: str | None
-
-
-@dataclass(frozen=True)
-class Duplicate:
-    """Values that `module` keeps in two precisions; `bytes` is the size of the smaller copy."""
-
-    module: str
-    shape: tuple[int, ...]
-    dtypes: tuple[str, str]
-    bytes: int
-
-
-@dataclass(frozen=True)
-class TimelinePoint:
-    """What was live `time_ns` after the first counted step began. `categories` sums to `bytes`."""
-
-    time_ns: int
-    phase: str
-    bytes: int
-    categories: Mapping[Category, int]
 
 
 @dataclass(frozen=True)
@@ -72,6 +34,12 @@ class MemoryReport:
         timeline: the highest moments, in order of time.
         parameters: number of scalar parameters, tied ones once.
         steps: how many steps were counted.
+        forwards: module path -> its forward passes: calls, time, size of the outputs.
+        activation_dtypes: module path -> dtype -> bytes of the module's own activations at the peak.
+        optimizers: the class names of the optimizers that trained.
+        health: how well the caching allocator used what it holds; None on CPU.
+        notes: what a reader must know to trust the figures: a bound that was reached, modules that could not be told
+            apart. One sentence each.
     """
 
     device: str
@@ -85,6 +53,11 @@ class MemoryReport:
     timeline: tuple[TimelinePoint, ...]
     parameters: int
     steps: int
+    forwards: Mapping[str, ModuleForward] = field(default_factory=dict)
+    activation_dtypes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    optimizers: tuple[str, ...] = ()
+    health: AllocatorHealth | None = None
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def from_recording(cls, recording: Recording) -> "MemoryReport":
@@ -104,13 +77,18 @@ class MemoryReport:
             phases={name: PhasePeak(peak.bytes, dict(peak.categories)) for name, peak in ledger.phases.items()},
             modules=_modules(ledger),
             tensors=_largest(ledger),
-            duplicates=(),
+            duplicates=tuple(recording.duplicates),
             timeline=tuple(
                 TimelinePoint(at.time_ns - began_ns, at.phase, sum(at.categories.values()), at.categories)
                 for at in ledger.timeline
             ),
             parameters=recording.parameters,
             steps=len(recording.windows),
+            forwards=dict(sorted(recording.forwards.items())),
+            activation_dtypes=_activation_dtypes(ledger),
+            optimizers=tuple(recording.optimizers),
+            health=recording.health,
+            notes=tuple(recording.notes),
         )
 
     @classmethod
@@ -141,6 +119,11 @@ class MemoryReport:
             "tensors": [{**vars(tensor), "category": tensor.category.value} for tensor in self.tensors],
             "duplicates": [vars(duplicate) for duplicate in self.duplicates],
             "timeline": [{**vars(point), "categories": _keys(point.categories)} for point in self.timeline],
+            "forwards": {path: asdict(forward) for path, forward in self.forwards.items()},
+            "activation_dtypes": {path: dict(own) for path, own in self.activation_dtypes.items()},
+            "optimizers": list(self.optimizers),
+            "health": None if self.health is None else asdict(self.health),
+            "notes": list(self.notes),
         }
 
     @classmethod
@@ -164,6 +147,7 @@ class MemoryReport:
                     tensor["module"],
                     None if tensor["shape"] is None else tuple(tensor["shape"]),
                     tensor["dtype"],
+                    tensor["phase"],
                 )
                 for tensor in content["tensors"]
             ),
@@ -177,6 +161,11 @@ class MemoryReport:
             ),
             parameters=content["parameters"],
             steps=content["steps"],
+            forwards={path: ModuleForward(**forward) for path, forward in content["forwards"].items()},
+            activation_dtypes=content["activation_dtypes"],
+            optimizers=tuple(content["optimizers"]),
+            health=None if content["health"] is None else AllocatorHealth(**content["health"]),
+            notes=tuple(content["notes"]),
         )
 
     def print(self) -> None:
@@ -223,6 +212,15 @@ def _modules(ledger: Ledger) -> dict[str, dict[Category, int]]:
     return dict(sorted(modules.items()))
 
 
+def _activation_dtypes(ledger: Ledger) -> dict[str, dict[str, int]]:
+    modules: dict[str, dict[str, int]] = {}
+    for block in ledger.live_at_peak():
+        if block.category is Category.ACTIVATIONS and block.module is not None and block.claim is not None:
+            own = modules.setdefault(block.module, {})
+            own[block.claim.dtype] = own.get(block.claim.dtype, 0) + block.requested_bytes
+    return dict(sorted(modules.items()))
+
+
 def _largest(ledger: Ledger) -> tuple[TensorUse, ...]:
     blocks = sorted(ledger.live_at_peak(), key=lambda block: -block.requested_bytes)[:LARGEST_TENSORS]
     return tuple(
@@ -232,6 +230,7 @@ def _largest(ledger: Ledger) -> tuple[TensorUse, ...]:
             block.module,
             block.claim.shape if block.claim is not None else None,
             block.claim.dtype if block.claim is not None else None,
+            ledger.phase_of_birth(block),
         )
         for block in blocks
     )

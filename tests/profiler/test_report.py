@@ -100,7 +100,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     report.save(tmp_path / "report.json")
     assert MemoryReport.load(tmp_path / "report.json") == report
     content = json.loads((tmp_path / "report.json").read_text())
-    assert (content["format"], content["version"]) == ("lightning-mpt-memory-report", 1)
+    assert (content["format"], content["version"]) == ("lightning-mpt-memory-report", 2)
     assert content["categories"]["activations"] == 2048
 
 
@@ -118,7 +118,7 @@ def test_a_trace_survives_its_file(tmp_path: Path) -> None:
         ("not json", "is not JSON"),
         ("[]", "holds None, not 'lightning-mpt-memory-report'"),
         ('{"format": "something"}', "holds 'something', not 'lightning-mpt-memory-report'"),
-        ('{"format": "lightning-mpt-memory-report", "version": 99}', "has version 99 .* reads version 1"),
+        ('{"format": "lightning-mpt-memory-report", "version": 99}', "has version 99 .* reads version 2"),
     ],
 )
 def test_other_files_are_refused(content: str, message: str, tmp_path: Path) -> None:
