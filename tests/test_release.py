@@ -172,7 +172,9 @@ def test_after_fit_backward_leaves_gradients_again() -> None:
 def test_the_profiler_sees_gradients_come_and_go(tmp_path: Path) -> None:
     reports = {}
     for release in (True, False):
-        module = Classifier(mlp(width=512))
+        # Deep, so that one gradient is little beside all of them.
+        hidden = [layer for _ in range(6) for layer in (nn.Linear(256, 256), nn.ReLU())]
+        module = Classifier(nn.Sequential(nn.Linear(16, 256), *hidden, nn.Linear(256, 4)))
         profiler = MemoryProfiler(tmp_path)
         ours = trainer(released(gradient_release=release), profiler=profiler)
         ours.fit(module, loader(classification(6)))
