@@ -10,7 +10,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,22 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import Timing, cuda_clock, gpt_shapes, interleave
+from benchmarks.contenders import (
+    UNDER_AUTOCAST,
+    Step,
+    autocast_step,
+    flash_step,
+    parameters,
+    scaled_step,
+    scanned_step,
+    torch_adamw,
+    total,
+)
 from examples.train_gpt import ByteText, GPTModule, quiet_lightning
 from lightning_mpt import PRESETS, MasterAdamW
 from lightning_mpt.precisions import trainer_arguments
 from lightning_mpt.profiler import MemoryProfiler
 
-UNDER_AUTOCAST = "torch fused, fp32, GradScaler, recast"
 TENSORS_PARAMETERS = 10_000_000
 SHAPES: dict[str, dict[str, int]] = {
     "10M": {"width": 256, "layers": 12},
@@ -120,14 +129,14 @@ def time_steps(shapes: list[tuple[int, ...]], *, few: bool = False) -> dict[str,
     What FP32 training under autocast needs beside the fused step is timed with it: GradScaler's look at the gradients,
     and the half copies of the weights that autocast makes anew after each step (`recast`).
     """
-    count = sum(torch.Size(shape).numel() for shape in shapes)
+    count = total(shapes)
     source, target = (torch.empty(COPY_BYTES, dtype=torch.uint8, device=DEVICE) for _ in range(2))
-    cases: dict[str, Callable[[], object]] = {COPY: lambda: target.copy_(source)}
+    cases: dict[str, Step] = {COPY: lambda: target.copy_(source)}
     moved = {COPY: 2.0 * source.numel()}
     left_out: dict[str, str] = {}
     syncs: dict[str, str] = {}
 
-    def add(name: str, moved_bytes: float, build: Callable[[], Callable[[], object]]) -> None:
+    def add(name: str, moved_bytes: float, build: Callable[[], Step]) -> None:
         try:
             call = build()
             for _ in range(3):  # the first makes the state; a kernel is compiled here
@@ -140,22 +149,25 @@ def time_steps(shapes: list[tuple[int, ...]], *, few: bool = False) -> dict[str,
             gc.collect()
             torch.cuda.empty_cache()
 
-    def ours(dtype: torch.dtype, **storages: Any) -> Callable[[], Callable[[], object]]:
-        return lambda: scanned_step(MasterAdamW(parameters(shapes, dtype), lr=1e-3, **storages))
+    def ours(dtype: torch.dtype, **storages: Any) -> Callable[[], Step]:
+        return lambda: scanned_step(MasterAdamW(parameters(shapes, dtype, DEVICE), lr=1e-3, **storages), DEVICE)
 
-    add(UNDER_AUTOCAST, 28 + 8 + 6, lambda: autocast_step(parameters(shapes, torch.float32)))
+    add(UNDER_AUTOCAST, 28 + 8 + 6, lambda: autocast_step(shapes, DEVICE))
     add("mpt exact, fp16", 26 + 2, ours(torch.float16))
     add("mpt compact, fp16", 12.125 + 2, ours(torch.float16, **PRESETS["compact"]))
-    add("flashoptim 24 bits and 8, bf16", 12.125, lambda: flash_step(parameters(shapes, torch.bfloat16)))
+    add("flashoptim 24 bits and 8, bf16", 12.125, lambda: flash_step(shapes, DEVICE))
     if not few:
-        fp32 = partial(parameters, shapes, torch.float32)
-        add("torch fused, fp32", 28, lambda: torch.optim.AdamW(fp32(), lr=1e-3, fused=True).step)
-        add("torch foreach, fp32", 28, lambda: torch.optim.AdamW(fp32(), lr=1e-3, foreach=True).step)
+        add("torch fused, fp32", 28, lambda: torch_adamw(shapes, DEVICE, fused=True).step)
+        add("torch foreach, fp32", 28, lambda: torch_adamw(shapes, DEVICE, foreach=True).step)
         add("mpt exact, bf16", 26 + 2, ours(torch.bfloat16))
         add("mpt float32 masters, bf16", 28 + 2, ours(torch.bfloat16, master_weights="float32"))
         add("mpt bfloat16 moments, bf16", 18 + 2, ours(torch.bfloat16, optimizer_state="bfloat16"))
         add("mpt compact, bf16", 12.125 + 2, ours(torch.bfloat16, **PRESETS["compact"]))
-        add("mpt exact, fp16, GradScaler", 26 + 4, lambda: scaled_step(MasterAdamW(parameters(shapes, torch.float16))))
+        add(
+            "mpt exact, fp16, GradScaler",
+            26 + 4,
+            lambda: scaled_step(MasterAdamW(parameters(shapes, torch.float16, DEVICE)), DEVICE),
+        )
     timings = interleave(cases, rounds=20, warmup=3, clock=cuda_clock)
     copy_rate = moved[COPY] / timings[COPY].median_s
     found: dict[str, Any] = {"parameters": count, "tensors": len(shapes), "cases": {}, "left_out": left_out}
@@ -208,70 +220,9 @@ def trace() -> dict[str, Any]:
         }
 
 
-def parameters(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[torch.nn.Parameter]:
-    """Parameters with gradients, of ordinary magnitudes."""
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    made = []
-    for shape in shapes:
-        parameter = torch.nn.Parameter((0.02 * torch.randn(shape, device=DEVICE, generator=generator)).to(dtype))
-        parameter.grad = (1e-3 * torch.randn(shape, device=DEVICE, generator=generator)).to(dtype)
-        made.append(parameter)
-    return made
-
-
 def ratio(median_s: float, timings: dict[str, Timing]) -> float | None:
     """How many times the FP32 step's time, with all that it needs under autocast."""
     return median_s / timings[UNDER_AUTOCAST].median_s if UNDER_AUTOCAST in timings else None
-
-
-def scanned_step(optimizer: MasterAdamW) -> Callable[[], object]:
-    """A step as the plugin drives it: one look at the gradients, then unscale, clip by the norm and update in one."""
-    scale = torch.full((), 1.0, device=DEVICE)
-
-    def call() -> None:
-        found_inf, norm = optimizer.scan_gradients(norm=True)
-        assert norm is not None
-        optimizer.grad_scale = scale * (norm / scale).clamp(min=1.0)
-        optimizer.found_inf, optimizer.clip_value = found_inf, None
-        optimizer.step()
-
-    return call
-
-
-def autocast_step(fp32: list[torch.nn.Parameter]) -> Callable[[], object]:
-    """Fused FP32 AdamW driven by a GradScaler, and the half copies that autocast makes of its weights."""
-    step = scaled_step(torch.optim.AdamW(fp32, lr=1e-3, fused=True))
-    halves = [torch.empty_like(parameter, dtype=torch.float16) for parameter in fp32]
-
-    def call() -> None:
-        step()
-        torch._foreach_copy_(halves, [parameter.detach() for parameter in fp32])
-
-    return call
-
-
-def flash_step(half: list[torch.nn.Parameter]) -> Callable[[], object]:
-    """FlashOptim's AdamW in the formats of our `compact`; ImportError where it is not installed."""
-    from flashoptim import FlashAdamW
-
-    optimizer = FlashAdamW(half, lr=1e-3, quantize=True, master_weight_bits=24)
-    call: Callable[[], object] = optimizer.step
-    return call
-
-
-def scaled_step(optimizer: torch.optim.Optimizer) -> Callable[[], object]:
-    """A step as `torch.amp.GradScaler` drives it: look for inf and NaN, then unscale within the update.
-
-    Not the scaler's `update`: it would let the scale drift between rounds, and is the same for both.
-    """
-    scaler = torch.amp.GradScaler(DEVICE, init_scale=1.0)
-    scaler.scale(torch.ones((), device=DEVICE))
-
-    def call() -> None:
-        scaler.step(optimizer)
-        scaler.update(1.0)
-
-    return call
 
 
 def synchronizes(call: Callable[[], object]) -> str:

@@ -15,6 +15,7 @@ the case `one embedding` nearly all parameters are one tensor, so that an update
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from benchmarks.common import (
     wall_clock,
     write_result,
 )
+from benchmarks.contenders import UNDER_AUTOCAST, Step, autocast_step, parameters, torch_adamw, total
 from lightning_mpt import PRESETS, MasterAdamW
 
 REFERENCE = "torch fused, fp32"
@@ -52,11 +54,6 @@ class Case(NamedTuple):
     build: Build
     moved_bytes: float
     held_bytes: float
-
-
-def fp32(**options: Any) -> Build:
-    """FP32 parameters under torch's AdamW."""
-    return lambda shapes, device: torch.optim.AdamW(parameters(shapes, torch.float32, device), lr=1e-3, **options)
 
 
 def ours(**options: Any) -> Build:
@@ -89,8 +86,8 @@ def moved(master_bytes: float, moment_bytes: float) -> float:
 
 
 CASES = {
-    REFERENCE: Case(fp32(fused=True), 28, 16),
-    "torch foreach, fp32": Case(fp32(foreach=True), 28, 16),
+    REFERENCE: Case(partial(torch_adamw, fused=True), 28, 16),
+    "torch foreach, fp32": Case(partial(torch_adamw, foreach=True), 28, 16),
     "mpt exact (split)": Case(ours(), moved(2, 8), 14),
     "mpt float32 masters": Case(ours(master_weights="float32"), moved(4, 8), 16),
     "mpt bfloat16 moments": Case(ours(optimizer_state="bfloat16"), moved(2, 4), 10),
@@ -101,17 +98,6 @@ MEMORY_CASES = {
     "mpt minimal (and released)": Case(lambda shapes, device: Released(shapes, device), 0, 5.0625),
 }
 TENSORS = (10, 1000, 5000)
-
-
-def parameters(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: str) -> list[torch.nn.Parameter]:
-    """Parameters with gradients, of ordinary magnitudes."""
-    generator = torch.Generator(device).manual_seed(0)
-    made = []
-    for shape in shapes:
-        parameter = torch.nn.Parameter((0.02 * torch.randn(shape, device=device, generator=generator)).to(dtype))
-        parameter.grad = (1e-3 * torch.randn(shape, device=device, generator=generator)).to(dtype)
-        made.append(parameter)
-    return made
 
 
 def shapes_of(count: float) -> list[tuple[int, ...]]:
@@ -126,13 +112,15 @@ def measure_time(shapes: list[tuple[int, ...]], device: str, rounds: int) -> lis
     """A row for every case: seconds per step, its rate, and both against the others."""
     count = total(shapes)
     source, target = torch.empty(2, 4 * count, dtype=torch.uint8, device=device).random_(255)
-    steps: dict[str, Callable[[], object]] = {COPY: lambda: target.copy_(source)}
+    steps: dict[str, Step] = {COPY: lambda: target.copy_(source)}
     steps |= {name: case.build(shapes, device).step for name, case in CASES.items()}
+    steps[UNDER_AUTOCAST] = autocast_step(shapes, device)
+    moved_bytes = {**{name: case.moved_bytes for name, case in CASES.items()}, UNDER_AUTOCAST: 28 + 8 + 6}
     timings = interleave(steps, rounds=rounds, warmup=3, clock=cuda_clock if device == "cuda" else wall_clock)
     copy_rate = 2 * source.numel() / timings[COPY].median_s
     rows = []
-    for name, case in CASES.items():
-        rate = case.moved_bytes * count / timings[name].median_s
+    for name, moved_here in moved_bytes.items():
+        rate = moved_here * count / timings[name].median_s
         rows.append(
             {
                 "device": device,
@@ -141,7 +129,7 @@ def measure_time(shapes: list[tuple[int, ...]], device: str, rounds: int) -> lis
                 "case": name,
                 **timings[name]._asdict(),
                 "times_the_reference": timings[name].median_s / timings[REFERENCE].median_s,
-                "moved_bytes_per_parameter": case.moved_bytes,
+                "moved_bytes_per_parameter": moved_here,
                 "bytes_per_s": rate,
                 "share_of_copy": rate / copy_rate,
             }
@@ -219,11 +207,6 @@ def run(counts: Sequence[float], devices: Sequence[str], rounds: int, progress: 
         "time": time_rows,
         "memory": memory_rows,
     }
-
-
-def total(shapes: Sequence[tuple[int, ...]]) -> int:
-    """The number of parameters."""
-    return sum(torch.Size(shape).numel() for shape in shapes)
 
 
 def show(result: dict[str, Any], console: Console) -> None:
