@@ -205,6 +205,8 @@ class MasterAdamW(MasterOptimizer, AdamW):
         slots = self.__dict__.setdefault("_slots", {})
         known = slots.get(parameter)
         if known is None or not self._still_holds(known, parameter, amsgrad):
+            if known is not None:
+                self.__dict__.pop("_kernels", None)  # they keep what they were given, and with it its memory
             known = slots[parameter] = self._new_slot(parameter, amsgrad)
         slot: Slot = known
         return slot

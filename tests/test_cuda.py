@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from training import Classifier, classification, fit, mlp
 
 from lightning_mpt import PRESETS, MasterAdamW, MasterWeightPrecision
-from lightning_mpt.kernels import Kernel, kernel_for, reference
+from lightning_mpt.kernels import Kernel, kernel_for
+from lightning_mpt.kernels.reference import ReferenceKernel
 from lightning_mpt.kernels.slots import GradientTransform, Slot
 from lightning_mpt.storage import master_storage, moment_storage
 
@@ -39,7 +40,7 @@ def steps_on(device: str, dtype: torch.dtype, masters: str, moments: str) -> lis
     torch.manual_seed(0)
     weights = [torch.randn(size).to(dtype) for size in SIZES]
     weights.append(torch.randn(2100).to(dtype))
-    kernel: Kernel = reference if device == "cpu" else kernel_for(torch.device(device))
+    kernel: Kernel = ReferenceKernel() if device == "cpu" else kernel_for(torch.device(device))
     weights = [*weights[:-1], weights[-1].to(device)[3:]]
     slots = [slot_for(weight.to(device), masters, True, moment_storage(moments)) for weight in weights]
     for step in range(6):

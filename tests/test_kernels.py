@@ -9,7 +9,8 @@ from oracle import OracleAdamW, norm
 from torch import Tensor
 
 from lightning_mpt import pieces
-from lightning_mpt.kernels import Kernel, reference
+from lightning_mpt.kernels import Kernel
+from lightning_mpt.kernels.reference import ReferenceKernel
 from lightning_mpt.kernels.slots import GradientTransform, Slot
 from lightning_mpt.state import decoded as decoded_moment
 from lightning_mpt.storage import (
@@ -68,7 +69,7 @@ def triton_kernel() -> Kernel:
 @pytest.fixture(params=["reference", "triton"])
 def kernel(request: pytest.FixtureRequest) -> Kernel:
     """Either kernel."""
-    made: Kernel = reference if request.param == "reference" else request.getfixturevalue("triton_kernel")
+    made: Kernel = ReferenceKernel() if request.param == "reference" else request.getfixturevalue("triton_kernel")
     return made
 
 
@@ -309,7 +310,7 @@ def test_triton_is_the_reference_in_every_format(
     weights.append(torch.randn(2100).to(dtype)[3:])  # not on a multiple of 16 bytes
     results = [
         [fp32_of(slot, masters, moments) for slot in steps_with(kernel, weights, masters, moments, amsgrad=True)]
-        for kernel in (reference, triton_kernel)
+        for kernel in (ReferenceKernel(), triton_kernel)
     ]
     for ours, theirs in zip(*results, strict=True):
         for one, other in zip(ours, theirs, strict=True):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..storage import MasterStorage, MomentStorage
-from . import reference
+from .reference import ReferenceKernel
 from .slots import GradientTransform, Slot
 
 
@@ -55,4 +55,4 @@ def kernel_for(device: torch.device) -> Kernel:
             )
         else:
             return TritonKernel()
-    return reference
+    return ReferenceKernel()

@@ -52,8 +52,14 @@ def round_to_half(master: Tensor, half: Tensor, scratch: Tensor) -> None:
     weight in 131072 is rounded the other way than by `Tensor.bfloat16()`, and is as near.
     """
     if half.dtype == torch.bfloat16:
-        # torch rounds ties to even. The last of the 16 bits to go breaks every tie upward, and changes nothing else.
-        torch.bitwise_or(master.view(torch.int32), 1, out=scratch.view(torch.int32))
-        half.copy_(scratch)
+        round_to_half_(scratch.copy_(master), half)
     else:
         half.copy_(master)
+
+
+def round_to_half_(master: Tensor, half: Tensor) -> None:
+    """As `round_to_half`, with `master` itself for scratch: it is overwritten."""
+    if half.dtype == torch.bfloat16:
+        # torch rounds ties to even. The last of the 16 bits to go breaks every tie upward, and changes nothing else.
+        master.view(torch.int32).bitwise_or_(1)
+    half.copy_(master)

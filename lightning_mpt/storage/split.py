@@ -21,7 +21,7 @@ master is rounded to that grid *before* it is rounded to half, so that decoding 
 import torch
 from torch import Tensor
 
-from .masters import round_to_half
+from .masters import round_to_half, round_to_half_
 
 FP16_EXPONENT_BITS = 0x7C00
 FP16_MANTISSA_LENGTH = 10
@@ -58,8 +58,8 @@ class SplitMasters:
         self, master: Tensor, half: Tensor, stored: Tensor, scratch: Tensor, dither: Tensor | None = None
     ) -> None:
         if half.dtype == torch.bfloat16:
-            round_to_half(master, half, scratch)
             stored.copy_(master.view(torch.int32))  # the conversion keeps the lower 16 bits
+            round_to_half_(master, half)
             return
         # To the grid, which changes nothing from 2**-16 up; and -0 becomes 0, since decoding it gives that.
         master.div_(FINEST_UNIT).round_().mul_(FINEST_UNIT).add_(0.0)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .dither import uniform_
-from .masters import round_to_half
+from .masters import round_to_half, round_to_half_
 from .split import unit, units_per
 
 LIMIT = 127
@@ -60,7 +60,7 @@ class Split8Masters:
             bits.bitwise_right_shift_(8)
             stored.copy_(bits)  # the conversion keeps the lower 8 bits
             bits.bitwise_left_shift_(8)
-            round_to_half(master, half, scratch)
+            round_to_half_(master, half)
             return
         round_to_half(master, half, scratch)
         half.add_(0.0)  # -0 becomes 0, since decoding it gives that
