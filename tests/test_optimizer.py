@@ -1,7 +1,9 @@
 """MasterAdamW with no Lightning at all."""
 
 import copy
+import gc
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -421,3 +423,15 @@ def test_adam_keeps_its_weight_decay_in_the_gradient() -> None:
     train(adopted, ours, range(10))
     train(torch.optim.Adam(theirs, lr=1e-2, weight_decay=0.5), theirs, range(10))
     torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=1e-7)
+
+
+def test_state_that_was_replaced_is_let_go_of() -> None:
+    params = parameters(torch.bfloat16)
+    optimizer = MasterAdamW(params)
+    set_gradients(params, 0)
+    optimizer.step()
+    before = weakref.ref(optimizer.state[params[0]]["exp_avg"])
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    gc.collect()
+    assert before() is None
