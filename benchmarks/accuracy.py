@@ -1,7 +1,8 @@
 """Does it train as well? The example GPT under each precision, over some seeds, against the spread of FP32's own seeds.
 
-    python -m benchmarks.accuracy                        # about half an hour on two cores; may be stopped and continued
+    python -m benchmarks.accuracy                        # about an hour on two cores; may be stopped and continued
     python -m benchmarks.accuracy --steps 100 --seeds 2  # a quick one
+    python -m benchmarks.accuracy --precision 32-true mpt-bf16-true:compact  # some of the precisions
 
 A seed draws the initial weights and the order of the data; the validation text is always the same. Every run is
 a process of its own, and its result is kept at once: what is in the file, of the same commit and length, is not run
@@ -108,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=description)
     parser.add_argument("--steps", type=int, default=400, help="training steps of a run (default: 400)")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds (default: 3)")
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS, metavar="NAME")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--out", type=Path, default=RESULTS / "accuracy_cpu.json", help="where the JSON goes")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
@@ -119,10 +121,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     options = ["--steps", str(arguments.steps), "--seeds", str(arguments.seeds)]
+    if set(arguments.precision) != set(PRECISIONS):
+        options += ["--precision", *(f'"{name}"' if " " in name else name for name in arguments.precision)]
     where = environment("benchmarks.accuracy", options)
     runs = kept(arguments.out, where["commit"], arguments.steps)
     done = {(run["precision"], run["seed"]) for run in runs}
-    todo = [(p, s) for s in range(arguments.seeds) for p in PRECISIONS if (p, s) not in done]
+    todo = [(p, s) for s in range(arguments.seeds) for p in arguments.precision if (p, s) not in done]
     threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
     console = Console()
     with Progress(console=console) as progress, ThreadPoolExecutor(arguments.jobs) as pool:
