@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from . import report
+from .target_options import CommandParser
 
 COMMANDS = {"report": report}
 
@@ -14,7 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="lightning-mpt", description="Where the memory of half-precision training with FP32 master weights goes."
     )
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=CommandParser)
     for command in COMMANDS.values():
         command.add(commands)
     options = parser.parse_args(arguments)
