@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from . import config
 from .arguments import nearest, parameters_of, read_arguments, read_value
 
 LOADER_ARGUMENTS = {"batch_size": int, "shuffle": bool, "num_workers": int, "drop_last": bool, "pin_memory": bool}
@@ -41,15 +42,21 @@ class Target:
         data: class path of a LightningDataModule, a Dataset, a DataLoader or an iterable of batches; None where the
             model has its own `train_dataloader`.
         data_arguments: its constructor's; for a Dataset those of the DataLoader too (LOADER_ARGUMENTS).
+        config: a LightningCLI configuration, which says the rest: the classes where `model` and `data` are None, and
+            the arguments that are not given.
     """
 
-    model: str
+    model: str | None = None
     model_arguments: Mapping[str, str] = field(default_factory=dict)
     data: str | None = None
     data_arguments: Mapping[str, str] = field(default_factory=dict)
+    config: str | None = None
 
     def check(self) -> None:
         """TargetError if a class or an argument is not there. Nothing is made."""
+        if self.config is not None:
+            self._classes()
+            return
         self._model()
         self._data()
 
@@ -60,14 +67,22 @@ class Target:
             TargetError: a class or an argument that is not there, an object of the wrong kind, or a constructor that
                 raised.
         """
-        constructor, arguments = self._model()
-        model = _make(self.model, constructor, arguments)
-        _check_model(model, self.model)
-        if self.data is None:
-            _check_own_data(model, self.model)
+        if self.config is not None:
+            model, data = self._from_config(self.config)
+            loader: dict[str, Any] = {}
+        else:
+            model = _make(self._model_path, *self._model())
+            constructor, arguments, loader = self._data()
+            data = None if self.data is None else _make(self.data, constructor, arguments)
+        _check_model(model, self._model_path)
+        if data is None:
+            _check_own_data(model, self._model_path)
             return model, None
-        constructor, arguments, loader = self._data()
-        return model, _loadable(_make(self.data, constructor, arguments), loader, self.data)
+        return model, _loadable(data, loader, self.data or str(self.config))
+
+    def trainer_settings(self) -> dict[str, Any]:
+        """What the Trainer is to be given besides: of a configuration what changes a step."""
+        return {} if self.config is None else _or_target_error(config.trainer_settings, self.config)
 
     def to_json(self) -> dict[str, Any]:
         """As dictionaries and strings."""
@@ -79,16 +94,46 @@ class Target:
         return cls(**content)
 
     def __str__(self) -> str:
-        parts = [_call(self.model, self.model_arguments)]
+        parts = [_call(self._model_path, self.model_arguments)]
         if self.data is not None:
             parts.append(_call(self.data, self.data_arguments))
         return " on ".join(parts)
 
+    @property
+    def _model_path(self) -> str:
+        path = self.model or self.config
+        if path is None:
+            raise TargetError("There is neither a model nor a configuration: name one by --model MODULE:CLASS.")
+        return path
+
     def _model(self) -> tuple[Callable[..., Any], dict[str, Any]]:
-        constructor = load(self.model)
+        constructor = load(self._model_path)
         if inspect.isclass(constructor):
-            _check_model_class(constructor, self.model)
+            _check_model_class(constructor, self._model_path)
         return constructor, _arguments(constructor, self.model_arguments, "--model")
+
+    def _classes(self) -> tuple[Callable[..., Any] | None, Callable[..., Any] | None]:
+        """The classes that are given beside a configuration. What it names is loaded too, for a better error."""
+        sections = _or_target_error(config.read, str(self.config))
+        for role, check in (("model", _check_model_class), ("data", _check_data_class)):
+            named = getattr(self, role)
+            path = named or config.class_path(sections.get(role))
+            if path is not None:
+                constructor = load(path)
+                if inspect.isclass(constructor):
+                    check(constructor, path)
+            elif role == "model" or sections.get(role):
+                raise TargetError(
+                    f"{self.config}: section `{role}` names no class_path: name it by --{role} MODULE:CLASS."
+                )
+        return (load(self.model) if self.model else None, load(self.data) if self.data else None)
+
+    def _from_config(self, path: str) -> tuple[Any, Any]:
+        model, data = self._classes()
+        try:
+            return config.build(path, model, self.model_arguments, data, self.data_arguments)
+        except Exception as error:
+            raise TargetError(f"{path}: {type(error).__name__}: {_first_line(error)}") from error
 
     def _data(self) -> tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]:
         if self.data is None:
@@ -317,6 +362,13 @@ def _loadable(data: Any, loader: dict[str, Any], path: str) -> Any:
 def _call(path: str, arguments: Mapping[str, str]) -> str:
     inside = ", ".join(f"{name}={value}" for name, value in arguments.items())
     return f"{path}({inside})" if inside else path
+
+
+def _or_target_error(function: Callable[[str], Any], path: str) -> Any:
+    try:
+        return function(path)
+    except (ValueError, OSError) as error:
+        raise TargetError(str(error)) from error
 
 
 def _first_line(error: BaseException) -> str:

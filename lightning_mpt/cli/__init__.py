@@ -4,10 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import report
+from . import compare, report
 from .target_options import CommandParser
 
-COMMANDS = {"report": report}
+COMMANDS = {"report": report, "compare": compare}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

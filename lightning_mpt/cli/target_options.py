@@ -60,7 +60,6 @@ def add_target(parser: CommandParser) -> None:
     parser.takes_target = True
     parser.add_argument(
         "--model",
-        required=True,
         metavar="MODULE:CLASS",
         help="the LightningModule: package.module:Class or folder/file.py:Class. Its constructor's arguments as "
         "--model.NAME VALUE",
@@ -71,9 +70,19 @@ def add_target(parser: CommandParser) -> None:
         help="the LightningDataModule or Dataset; needed unless the model has a train_dataloader. Its constructor's "
         "arguments as --data.NAME VALUE; a Dataset takes --data.batch_size too",
     )
+    parser.add_argument(
+        "--config",
+        metavar="FILE.yaml",
+        help="a LightningCLI configuration: its model and data sections are used, and of its trainer section the "
+        "settings of clipping and accumulation. What is given beside it goes before it",
+    )
 
 
 def read_target(options: argparse.Namespace) -> Target:
-    """The target that the options name."""
+    """The target that the options name. Raises ValueError where they name none."""
     arguments = options.target_arguments
-    return Target(options.model, arguments["model"], options.data, arguments["data"])
+    if options.model is None and options.config is None:
+        raise ValueError(
+            "nothing to train: name a LightningModule by --model MODULE:CLASS, or give --config FILE.yaml."
+        )
+    return Target(options.model, arguments["model"], options.data, arguments["data"], options.config)

@@ -1,0 +1,10 @@
+"""What `lightning-mpt compare` starts for each precision: `python -m lightning_mpt.cli.compare_child FOLDER`."""
+
+import sys
+from pathlib import Path
+
+from ..precisions import trainer_arguments
+from ..profiler.compare_child import run
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), trainer_arguments)
