@@ -70,12 +70,8 @@ def read_arguments(constructor: Callable[..., Any], given: Mapping[str, str], op
         ValueError: a name that is not an argument, a text that its type cannot be read from, an argument without a
             default that is not given.
     """
-    parameters, takes_any = parameters_of(constructor)
-    for name in given:
-        if name not in parameters and not takes_any:
-            raise ValueError(
-                f"{option}.{name} is not an argument of {_name(constructor)}. {nearest(name, parameters, 'It takes')}"
-            )
+    check_names(constructor, given, option)
+    parameters, _ = parameters_of(constructor)
     missing = [name for name, p in parameters.items() if p.default is _EMPTY and name not in given]
     if missing:
         raise ValueError(
@@ -93,6 +89,16 @@ def read_arguments(constructor: Callable[..., Any], given: Mapping[str, str], op
         except ValueError as error:
             raise ValueError(f"{option}.{name} {text!r} {error}.") from None
     return values
+
+
+def check_names(constructor: Callable[..., Any], names: Iterable[str], option: str) -> None:
+    """ValueError for a name that is not an argument of `constructor`, with those that are like it."""
+    parameters, takes_any = parameters_of(constructor)
+    for name in names:
+        if name not in parameters and not takes_any:
+            raise ValueError(
+                f"{option}.{name} is not an argument of {_name(constructor)}. {nearest(name, parameters, 'It takes')}"
+            )
 
 
 def nearest(name: str, known: Collection[str], otherwise: str) -> str:

@@ -2,12 +2,14 @@
 
 The rest of the `trainer` section is left out: the precision, the profiler and the number of steps are the command's to
 choose, and callbacks, loggers and strategies are no part of what is compared. Needs jsonargparse, which the extra
-`cli` brings; only `build` imports it.
+`cli` brings; only `make` imports it.
 """
 
 import importlib.util
+import re
 import tempfile
 import warnings
+from argparse import ArgumentError
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,6 @@ TRAINER_SETTINGS = (
     "benchmark",
 )
 """Of the `trainer` section: what changes what a step computes."""
-
-_SECTIONS = ("model", "data", "optimizer", "lr_scheduler")
 
 
 def read(path: str) -> dict[str, Any]:
@@ -62,58 +62,58 @@ def trainer_settings(path: str) -> dict[str, Any]:
     return {name: trainer[name] for name in TRAINER_SETTINGS if trainer.get(name) is not None}
 
 
-def build(
-    path: str,
-    model: Callable[..., Any] | None,
-    model_arguments: Mapping[str, str],
-    data: Callable[..., Any] | None,
-    data_arguments: Mapping[str, str],
-) -> tuple[Any, Any]:
-    """The model and the data as LightningCLI makes them (None for data that `path` does not speak of).
+def make(path: str, role: str, constructor: Callable[..., Any] | None, arguments: Mapping[str, str]) -> Any:
+    """The model or the data as LightningCLI makes it; None for data that `path` does not speak of.
 
     Args:
         path: the configuration.
-        model: the class whose arguments the section `model` has; None where the section names one.
-        model_arguments: over those of the configuration, as `LightningCLI` reads them from a command line.
-        data: the same for the section `data`.
-        data_arguments: and its arguments.
+        role: `model` or `data`. The other is not looked at.
+        constructor: the class whose arguments the section has; None where the section names one.
+        arguments: those that go before the configuration's, as `LightningCLI` reads them from a command line.
 
     Raises:
-        ValueError: the configuration does not fit the classes.
-        Exception: whatever the constructors raise.
+        ValueError: the configuration does not fit the class, or the constructor raised.
     """
+    import lightning.pytorch as pl
     import yaml
-    from jsonargparse import ArgumentError
     from lightning.pytorch.cli import LightningCLI
 
-    class Parts(LightningCLI):
-        """Makes the model and the data and nothing that trains."""
+    class Part(LightningCLI):
+        """Makes one thing, and nothing that trains."""
 
         def instantiate_trainer(self, **_: Any) -> None:  # type: ignore[override]
             return None
 
-    content = {name: section for name, section in read(path).items() if name in _SECTIONS}
-    arguments = [
-        f"--{role}.{name}={value}"
-        for role, given in (("model", model_arguments), ("data", data_arguments))
-        for name, value in given.items()
-    ]
+    of_model = role == "model"
+    sections = ("model", "optimizer", "lr_scheduler") if of_model else ("data",)
+    content = {name: section for name, section in read(path).items() if name in sections}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         kept = Path(folder) / "config.yaml"
         kept.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
         # It warns of this process's own command line.
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
         try:
-            parts = Parts(
-                model,
-                data,
+            part = Part(
+                constructor if of_model else pl.LightningModule,
+                None if of_model else constructor,
                 save_config_callback=None,
                 seed_everything_default=False,
                 parser_kwargs={"exit_on_error": False},
                 run=False,
-                args=["--config", str(kept), *arguments],
+                args=["--config", str(kept), *(f"--{role}.{name}={value}" for name, value in arguments.items())],
+                auto_configure_optimizers=of_model,
             )
-        except ArgumentError as error:
-            said = [line.strip() for line in str(error).splitlines() if line.strip()]
-            raise ValueError(f"{path}: {' '.join(said)}") from error
-    return parts.model, parts.datamodule
+        except Exception as error:
+            raise ValueError(f"{path}: {_said(error)}") from error
+    return part.model if of_model else part.datamodule
+
+
+def _said(error: Exception) -> str:
+    """In one line what jsonargparse says in many: what is wrong, without all the types that the value is not of."""
+    text = " ".join(str(error).split())
+    inside = re.search(r"Errors: - (.*?) - Expected a <class 'NoneType'>", text)
+    root: BaseException = error
+    while root.__cause__ or root.__context__:
+        root = root.__cause__ or root.__context__  # type: ignore[assignment]
+    own = isinstance(root, ArgumentError | ValueError | TypeError)
+    return ("" if own else f"{type(root).__name__}: ") + (inside.group(1) if inside else text)

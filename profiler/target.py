@@ -7,29 +7,20 @@ object will do. The current directory can be imported from, as with `python -m`;
 `python folder/file.py`. A target is plain text, so that it can be handed to another process as JSON.
 """
 
-import importlib
-import importlib.util
 import inspect
-import pkgutil
-import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from . import config
-from .arguments import nearest, parameters_of, read_arguments, read_value
+from .arguments import check_names, parameters_of, read_arguments, read_value
+from .class_path import TargetError, first_line, load
 
 LOADER_ARGUMENTS = {"batch_size": int, "shuffle": bool, "num_workers": int, "drop_last": bool, "pin_memory": bool}
 """Arguments of the DataLoader that a Dataset is wrapped in."""
-
-
-class TargetError(ValueError):
-    """What is to be trained cannot be had as it is written. One line says why and what would do."""
 
 
 @dataclass(frozen=True)
@@ -67,18 +58,28 @@ class Target:
             TargetError: a class or an argument that is not there, an object of the wrong kind, or a constructor that
                 raised.
         """
-        if self.config is not None:
-            model, data = self._from_config(self.config)
-            loader: dict[str, Any] = {}
-        else:
+        return self.build_model(), self.build_data()
+
+    def build_model(self) -> Any:
+        """Make the LightningModule alone. Raises TargetError as `build` does."""
+        if self.config is None:
             model = _make(self._model_path, *self._model())
+        else:
+            model = self._from_config(self.config, "model")
+        _check_model(model, self._model_path)
+        if self.data is None and (self.config is None or not _or_target_error(config.read, self.config).get("data")):
+            _check_own_data(model, self._model_path)
+        return model
+
+    def build_data(self) -> Any:
+        """Make the data alone; None where the model has its own. Raises TargetError as `build` does."""
+        loader: dict[str, Any] = {}
+        if self.config is not None:
+            data = self._from_config(self.config, "data")
+        else:
             constructor, arguments, loader = self._data()
             data = None if self.data is None else _make(self.data, constructor, arguments)
-        _check_model(model, self._model_path)
-        if data is None:
-            _check_own_data(model, self._model_path)
-            return model, None
-        return model, _loadable(data, loader, self.data or str(self.config))
+        return None if data is None else _loadable(data, loader, self.data or str(self.config))
 
     def trainer_settings(self) -> dict[str, Any]:
         """What the Trainer is to be given besides: of a configuration what changes a step."""
@@ -112,28 +113,36 @@ class Target:
             _check_model_class(constructor, self._model_path)
         return constructor, _arguments(constructor, self.model_arguments, "--model")
 
-    def _classes(self) -> tuple[Callable[..., Any] | None, Callable[..., Any] | None]:
-        """The classes that are given beside a configuration. What it names is loaded too, for a better error."""
+    def _classes(self) -> dict[str, Callable[..., Any] | None]:
+        """By role the class that is given beside a configuration. What it names itself is checked too."""
         sections = _or_target_error(config.read, str(self.config))
-        for role, check in (("model", _check_model_class), ("data", _check_data_class)):
-            named = getattr(self, role)
-            path = named or config.class_path(sections.get(role))
+        classes: dict[str, Callable[..., Any] | None] = {}
+        for role, own, given, check in (
+            ("model", self.model, self.model_arguments, _check_model_class),
+            ("data", self.data, self.data_arguments, _check_data_class),
+        ):
+            path = own or config.class_path(sections.get(role))
+            classes[role] = None
             if path is not None:
                 constructor = load(path)
                 if inspect.isclass(constructor):
                     check(constructor, path)
-            elif role == "model" or sections.get(role):
+                try:
+                    # `optimizer.init_args.lr`: what is inside an argument is for jsonargparse to know.
+                    check_names(constructor, [name.partition(".")[0] for name in given], f"--{role}")
+                except ValueError as error:
+                    raise TargetError(str(error)) from None
+                classes[role] = constructor if own else None
+            elif role == "model" or sections.get(role) or given:
                 raise TargetError(
-                    f"{self.config}: section `{role}` names no class_path: name it by --{role} MODULE:CLASS."
+                    f"{self.config}: section `{role}` names no class_path: name the class by --{role} MODULE:CLASS."
                 )
-        return (load(self.model) if self.model else None, load(self.data) if self.data else None)
+        return classes
 
-    def _from_config(self, path: str) -> tuple[Any, Any]:
-        model, data = self._classes()
-        try:
-            return config.build(path, model, self.model_arguments, data, self.data_arguments)
-        except Exception as error:
-            raise TargetError(f"{path}: {type(error).__name__}: {_first_line(error)}") from error
+    def _from_config(self, path: str, role: str) -> Any:
+        constructor = self._classes()[role]
+        given = self.model_arguments if role == "model" else self.data_arguments
+        return _or_target_error(lambda path: config.make(path, role, constructor, given), path)
 
     def _data(self) -> tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]:
         if self.data is None:
@@ -154,124 +163,6 @@ class Target:
         return constructor, _arguments(constructor, own, "--data"), loader
 
 
-# -- class paths ------------------------------------------------------------------------------------------------------
-
-
-def load(path: str) -> Callable[..., Any]:
-    """The class or function at a class path. Raises TargetError, with the names that are like it."""
-    _importable(Path.cwd())
-    place, colon, name = path.rpartition(":")
-    if not colon:
-        if "." not in path:
-            raise TargetError(f"{path!r} is no class path: write package.module:Class or folder/file.py:Class.")
-        module, name = _longest_module(path)
-    elif place.endswith(".py"):
-        module = _module_of_file(Path(place), path)
-    else:
-        module = _module(place, path)
-    found: Any = module
-    for part in name.split("."):
-        if not hasattr(found, part):
-            raise TargetError(f"{path!r}: {_title(found)} has no {part}. {nearest(part, _callables(found), 'It has')}")
-        found = getattr(found, part)
-    if not callable(found):
-        raise TargetError(f"{path!r} is {found!r}: neither a class nor a function. Name one of these.")
-    return found
-
-
-def _importable(folder: Path) -> None:
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-
-
-def _module(name: str, path: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
-            raise _import_failed(name, path, error) from error
-        parent, _, last = error.name.rpartition(".")
-        where = importlib.import_module(parent) if parent else None
-        known = sorted(_submodules(where))
-        inside = f" in {parent}" if parent else " here or installed"
-        raise TargetError(
-            f"{path!r}: there is no module {error.name}{inside}. {nearest(last, known, 'There are')}"
-        ) from None
-    except Exception as error:
-        raise _import_failed(name, path, error) from error
-
-
-def _longest_module(path: str) -> tuple[ModuleType, str]:
-    """`package.module.Class.Nested` as the module and the name in it."""
-    parts = path.split(".")
-    for cut in range(len(parts) - 1, 0, -1):
-        name = ".".join(parts[:cut])
-        try:
-            found = importlib.util.find_spec(name) is not None
-        except (ImportError, ValueError, AttributeError):  # its parent is a class, or not there either
-            found = False
-        if found:
-            return _module(name, path), ".".join(parts[cut:])
-    return _module(parts[0], path), ".".join(parts[1:])
-
-
-def _module_of_file(file: Path, path: str) -> ModuleType:
-    file = file.resolve()
-    if not file.is_file():
-        known = sorted(other.name for other in file.parent.glob("*.py")) if file.parent.is_dir() else []
-        raise TargetError(f"{path!r}: there is no file {file}. {nearest(file.name, known, 'Beside it there are')}")
-    _importable(file.parent)
-    name = file.stem
-    known_module = sys.modules.get(name)
-    if known_module is not None and Path(getattr(known_module, "__file__", None) or "").resolve() == file:
-        return known_module
-    if known_module is not None or not name.isidentifier():
-        name = f"_target_{abs(hash(file))}"
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # before it runs, as the import system does: pickling and type hints look here
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise _import_failed(str(file), path, error) from error
-    return module
-
-
-def _import_failed(name: str, path: str, error: Exception) -> TargetError:
-    return TargetError(f"{path!r}: importing {name} failed with {type(error).__name__}: {_first_line(error)}")
-
-
-def _submodules(package: ModuleType | None) -> set[str]:
-    """Names that could have been meant: of a package's modules, or of those in the current directory."""
-    folders = [str(Path.cwd())] if package is None else list(getattr(package, "__path__", []))
-    names = {module.name for module in pkgutil.iter_modules(folders)}
-    for folder in map(Path, folders):
-        names |= {inner.name for inner in folder.iterdir() if inner.is_dir() and any(inner.glob("*.py"))}
-    return {name for name in names if name.isidentifier()}
-
-
-def _callables(where: Any) -> list[str]:
-    """The classes and functions that are defined there."""
-    home = where.__name__ if isinstance(where, ModuleType) else getattr(where, "__module__", None)
-    return [
-        name
-        for name, value in vars(where).items()
-        if (inspect.isclass(value) or inspect.isfunction(value))
-        and value.__module__ == home
-        and not name.startswith("_")
-    ]
-
-
-def _title(found: Any) -> str:
-    return f"module {found.__name__}" if isinstance(found, ModuleType) else getattr(found, "__qualname__", repr(found))
-
-
-# -- making the objects -----------------------------------------------------------------------------------------------
-
-
 def _arguments(constructor: Callable[..., Any], given: Mapping[str, str], option: str) -> dict[str, Any]:
     try:
         return read_arguments(constructor, given, option)
@@ -285,7 +176,7 @@ def _make(path: str, constructor: Callable[..., Any], arguments: dict[str, Any])
     except Exception as error:
         raise TargetError(
             f"{_call(path, {name: repr(value) for name, value in arguments.items()})} raised "
-            f"{type(error).__name__}: {_first_line(error)}"
+            f"{type(error).__name__}: {first_line(error)}"
         ) from error
 
 
@@ -369,8 +260,3 @@ def _or_target_error(function: Callable[[str], Any], path: str) -> Any:
         return function(path)
     except (ValueError, OSError) as error:
         raise TargetError(str(error)) from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines: Iterable[str] = str(error).strip().splitlines()
-    return next(iter(lines), "")
