@@ -127,7 +127,7 @@ def run_job(
 
     Args:
         job: what to run.
-        command: starts a process that calls `compare_child.run` on the folder given as its last argument.
+        command: starts a process that calls `compare_child.main` on the folder given as its last argument.
         timeout_s: after how many seconds the process is ended.
         save_to: a folder in which to keep the report, as `PRECISION.json`, or else what the process printed.
         watch: is called several times a second with the number of batches done.

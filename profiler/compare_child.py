@@ -31,9 +31,14 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory",
 """What the messages of RuntimeErrors say where memory ran out: CUDA's own, torch's CPU allocator, cuBLAS and cuDNN."""
 
 
+def main(folder: Path, trainer_arguments: TrainerArguments) -> None:
+    """`run`, in a process that is there for nothing else: it ends when its parent does."""
+    _end_with_parent()
+    run(folder, trainer_arguments)
+
+
 def run(folder: Path, trainer_arguments: TrainerArguments) -> None:
     """Do the job in `folder` and leave its outcome there. Raises nothing that training raised."""
-    _end_with_parent()
     job = Job.from_json(json.loads((folder / JOB).read_text(encoding="utf-8")))
     outcome: dict[str, Any] = {"status": OK, "error": None, "bad_target": False, "step_seconds": None}
     try:

@@ -90,8 +90,9 @@ def make(path: str, role: str, constructor: Callable[..., Any] | None, arguments
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         kept = Path(folder) / "config.yaml"
         kept.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-        # It warns of this process's own command line.
+        # It warns of this process's own command line, and jsonargparse of how Lightning calls it.
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
+        warnings.simplefilter("ignore", DeprecationWarning)
         try:
             part = Part(
                 constructor if of_model else pl.LightningModule,

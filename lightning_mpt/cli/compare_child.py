@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from ..precisions import trainer_arguments
-from ..profiler.compare_child import run
+from ..profiler.compare_child import main
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]), trainer_arguments)
+    main(Path(sys.argv[1]), trainer_arguments)
