@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from .category import Category
 from .compare import FAILED, JOB, OK, OUT_OF_MEMORY, OUTCOME, PROGRESS, REPORT, Job
+from .ledger import BACKWARD
 from .lightning import MemoryProfiler
 from .report import MemoryReport
 from .target import TargetError
@@ -63,7 +64,7 @@ def train(
 
     Raises:
         TargetError: the target cannot be built, or its data has too few batches.
-        ValueError: no optimizer stepped.
+        ValueError: no optimizer stepped, or there was nothing to step for.
         Exception: whatever training raises.
     """
     pl.seed_everything(job.seed, workers=True, verbose=False)
@@ -103,12 +104,12 @@ def train(
         traceback.print_exc()
     if watch.done < watch.needed:
         raise _too_few(watch.done, job, a_step)
-    if trainer.global_step == 0:
-        raise ValueError(
-            f"no optimizer stepped in {watch.done} batches, so that this is no training: ask for more by --steps"
-        )
+    report = profiler.report
+    if trainer.global_step == 0 or BACKWARD not in report.phases:
+        what = "no optimizer stepped" if trainer.global_step == 0 else "nothing ran backward"
+        raise ValueError(f"{what} in {watch.done} batches, so that this is no training: ask for more by --steps")
     seconds = statistics.median(watch.seconds) * a_step if watch.seconds else None
-    return _with_notes(profiler.report), seconds
+    return _with_notes(report), seconds
 
 
 def is_out_of_memory(error: BaseException) -> bool:
