@@ -33,6 +33,9 @@ _PATIENT = (types.NoneType, int, bool, float, Any, str, Path)
 """The members of a Union that read more than their own, each more than those before it: asked in this order, after
 all others but None, so that `1` is an int before it is a bool, and text is what nothing else can read."""
 
+_BASES = ("torch.nn.modules.module", "lightning.pytorch.core.", "lightning.fabric.")
+"""Where the bases are whose `__init__` takes **kwargs and makes nothing of them."""
+
 
 def parameters_of(constructor: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], bool]:
     """The arguments that can be given by name, annotations resolved, and whether any other name is taken too.
@@ -240,8 +243,7 @@ def _functions(constructor: Callable[..., Any]) -> list[Callable[..., Any]]:
     if not inspect.isclass(constructor):
         return [constructor]
     own = [cls.__dict__["__init__"] for cls in constructor.__mro__ if cls is not object and "__init__" in cls.__dict__]
-    # torch's and Lightning's own bases take **kwargs and make nothing of them.
-    return [init for init in own if not str(init.__module__).startswith(("torch.nn.modules.module", "lightning."))]
+    return [init for init in own if not str(getattr(init, "__module__", "")).startswith(_BASES)]
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:

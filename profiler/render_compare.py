@@ -17,13 +17,13 @@ _LABELS = 20
 """And those of the categories' names, with the table's outer lines."""
 
 
-def print_rows(rows: Sequence[Row], title: str, console: Console | None = None) -> None:
-    """Print the comparison."""
+def print_rows(rows: Sequence[Row], title: str, console: Console | None = None, *, remarks: Sequence[str] = ()) -> None:
+    """Print the comparison, and the remarks below its tables."""
     console = console or Console()
-    console.print(render_rows(rows, title, console.width))
+    console.print(render_rows(rows, title, console.width, remarks))
 
 
-def render_rows(rows: Sequence[Row], title: str, width: int) -> RenderableType:
+def render_rows(rows: Sequence[Row], title: str, width: int, remarks: Sequence[str] = ()) -> RenderableType:
     """The comparison for `width` columns: tables of as many precisions as fit, why others failed, and the claims."""
     parts: list[RenderableType] = [Text(title, style="bold")]
     base = base_of(rows)
@@ -38,6 +38,7 @@ def render_rows(rows: Sequence[Row], title: str, width: int) -> RenderableType:
             parts.append(Text.assemble((row.precision, "bold yellow"), f" {row.status}: {row.error}"))
     notes = {note: None for row in rows if row.report is not None for note in row.report.notes}
     parts += [Text(f"{_whose(rows, note)}: {note}", style="dim") for note in notes]
+    parts += [Text(remark, style="dim") for remark in remarks]
     parts += _claims(rows)
     return Group(*parts)
 

@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         from ..profiler.render_compare import print_rows
 
-        print_rows(rows, f"{target} on {accelerator}, the peak of {options.steps} steps")
+        print_rows(rows, f"{target} on {accelerator}, the peak of {options.steps} steps", remarks=_remarks(rows))
     if interrupted:
         print(f"lightning-mpt compare: interrupted after {len(rows)} of {len(precisions)}", file=sys.stderr)
         return INTERRUPTED
@@ -89,6 +89,14 @@ def _run(jobs: Sequence[Job], rows: list[Row], **options: Any) -> None:
                 run_job(job, CHILD, watch=lambda done, task=task: progress.update(task, completed=done), **options)
             )
             progress.remove_task(task)
+
+
+def _remarks(rows: Sequence[Row]) -> list[str]:
+    """What the bytes alone do not say."""
+    bare = [row.precision for row in rows if row.precision in ("16-true", "bf16-true") and row.report is not None]
+    if not bare:
+        return []
+    return [f"{' and '.join(bare)}: no FP32 master weights, so that updates below half a unit of 16 bits are lost."]
 
 
 def _accelerator(name: str) -> str:

@@ -35,6 +35,8 @@ from lightning_mpt.profiler.compare import (
 )
 from lightning_mpt.profiler.target import Target, TargetError
 
+from .test_claims import report
+
 HERE = str(Path(__file__).parent / "trained.py")
 
 
@@ -76,6 +78,25 @@ def test_modules_of_every_kind_are_trained(name: str, precision: str, tmp_path: 
         size * parameters for size in expected
     )
     assert report.notes == ()
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        Target(
+            "examples.train_gpt:GPTModule",
+            {"size": "nano", "seq_len": "16"},
+            "examples.train_gpt:ByteText",
+            {"seq_len": "16", "batch_size": "2"},
+        ),
+        Target("examples.train_digits:DigitsModule", {"width": "4"}, "examples.train_digits:Digits"),
+    ],
+    ids=["gpt", "digits"],
+)
+def test_the_examples_are_trained(target: Target, tmp_path: Path) -> None:
+    report, _, _ = trained(Job(target, "mpt-bf16-true", "cpu", 1), tmp_path)
+    assert report.categories[Category.MASTER_WEIGHTS] > 0
+    assert report.categories[Category.OPTIMIZER_STATE] >= 8 * report.parameters
 
 
 def test_gradient_release_is_a_precision_too(tmp_path: Path) -> None:
@@ -363,6 +384,14 @@ def test_ctrl_c_prints_what_there_is(monkeypatch: pytest.MonkeyPatch, capsys) ->
     out, err = capsys.readouterr()
     assert "the first" in out
     assert "interrupted after 1 of 5" in err
+
+
+def test_a_half_without_masters_is_remarked_on(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    run_as(monkeypatch, lambda job: Row(job.precision, OK, report(weights=100, activations=300)))
+    assert main([*BASE, "--precision", "32-true", "bf16-true"]) == 0
+    assert "bf16-true: no FP32 master weights" in capsys.readouterr().out
+    assert main([*BASE, "--precision", "32-true", "mpt-bf16-true"]) == 0
+    assert "no FP32 master weights" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,15 @@ def test_a_function_that_makes_the_model_will_do() -> None:
     assert isinstance(data, DataLoader)
 
 
+def test_lightning_s_own_demos_are_models_too() -> None:
+    model, data = Target(
+        "lightning.pytorch.demos:LightningTransformer", {"vocab_size": "11"}, f"{HERE}:Samples"
+    ).build()
+    assert model.model.vocab_size == 11
+    assert data is not None
+    assert Target("lightning.pytorch.demos.boring_classes:BoringModel").build()[1] is None
+
+
 def test_a_model_with_its_own_data_needs_no_other() -> None:
     assert Target(f"{HERE}:WithData").build()[1] is None
 
