@@ -4,7 +4,6 @@
 The numbers fit one network at one batch size. Here each is held against this one, with the reason where it is off.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .category import Category
@@ -15,6 +14,17 @@ SHARES = {Category.ACTIVATIONS: (0.60, 0.80), Category.GRADIENTS: (0.20, 0.30), 
 """Of the peak of FP32 training, as it is usually said."""
 HALF = (0.40, 0.60)
 """What "about half" is taken to mean."""
+
+_MODEL = (Category.WEIGHTS, Category.GRADIENTS, Category.OPTIMIZER_STATE)
+_PARTS = {
+    "weights with their masters": (Category.WEIGHTS, Category.MASTER_WEIGHTS),
+    "gradients": (Category.GRADIENTS,),
+    "moments": (Category.OPTIMIZER_STATE,),
+    "activations": (Category.ACTIVATIONS,),
+    "temporaries": (Category.TEMPORARIES,),
+    "other blocks": (Category.BUFFERS, Category.INPUTS, Category.ROUNDING, Category.UNATTRIBUTED),
+}
+"""What shrinks or does not, each as one."""
 
 
 @dataclass(frozen=True)
@@ -58,19 +68,7 @@ def saved_claims(base: MemoryReport, other: MemoryReport) -> list[Claim]:
         return []
     low, high = HALF
     share = (base.peak_bytes - other.peak_bytes) / base.peak_bytes
-    why = ""
-    if share < low:
-        kept = [
-            c for c in (Category.WEIGHTS, Category.MASTER_WEIGHTS, Category.OPTIMIZER_STATE) if other.categories.get(c)
-        ]
-        held = sum(other.categories[category] for category in kept)
-        stays = other.categories.get(Category.OPTIMIZER_STATE, 0)
-        if stays >= base.categories.get(Category.OPTIMIZER_STATE, 0) > 0:
-            why = f"the optimizer's state stays as large as it was, {stays / base.peak_bytes:.0%} of the FP32 peak"
-        elif kept:
-            why = f"{_words(kept)} take {held / base.peak_bytes:.0%} of the FP32 peak as they are"
-    elif share > high:
-        why = "master weights and moments take fewer bits than FP32's too"
+    why = "" if low <= share <= high else _what_moved(base, other, least=share < low)
     return [Claim("saved", low, high, share, why)]
 
 
@@ -88,23 +86,39 @@ def peak_phase(report: MemoryReport) -> str | None:
 
 
 def _why(base: MemoryReport, category: Category, below: bool) -> str:
-    model = sum(_share(base, c) for c in (Category.WEIGHTS, Category.GRADIENTS, Category.OPTIMIZER_STATE))
-    activations = _share(base, Category.ACTIVATIONS)
+    model = sum(_share(base, c) for c in _MODEL)
+    activations, temporaries = _share(base, Category.ACTIVATIONS), _share(base, Category.TEMPORARIES)
     if category is Category.ACTIVATIONS:
-        if below:
-            return f"weights, gradients and optimizer state are {model:.0%} of it; a larger batch would shift that"
-        return "the batch is large for this number of parameters"
-    if category is Category.GRADIENTS:
+        if not below:
+            return "the batch is large for this number of parameters"
+        if temporaries > model:
+            return f"temporaries, born and gone within a phase, are {temporaries:.0%} of it"
+        return f"weights, gradients and optimizer state are {model:.0%} of it; a larger batch would shift that"
+    if category is Category.GRADIENTS and below:
         most = max((phase.categories.get(category, 0) for phase in base.phases.values()), default=0)
-        at_peak = base.categories.get(category, 0)
-        if below and most > at_peak:
+        if most > base.categories.get(category, 0):
             return (
                 f"the peak falls in {_phase(base)}, when few of them are there; all of them would be "
                 f"{most / base.peak_bytes:.0%}"
             )
     if below:
-        return f"activations are {activations:.0%}, since the batch is large for this number of parameters"
+        rest = activations + temporaries
+        if rest > 0.5:
+            return f"activations and temporaries are {rest:.0%}: the batch is large for this number of parameters"
+        return f"the optimizer's state is {_share(base, Category.OPTIMIZER_STATE):.0%}"
     return f"activations are only {activations:.0%}, so that what grows with the parameters rules"
+
+
+def _what_moved(base: MemoryReport, other: MemoryReport, *, least: bool) -> str:
+    """What is furthest from half of what it was: above it where the `least` was saved, else below."""
+    off: dict[str, tuple[int, int]] = {}
+    for part, categories in _PARTS.items():
+        was, is_now = (sum(report.categories.get(c, 0) for c in categories) for report in (base, other))
+        off[part] = (was, is_now)
+    name = max(off, key=lambda part: (2 * off[part][1] - off[part][0]) * (1 if least else -1))
+    before, after = (f"{size / base.peak_bytes:.0%}" for size in off[name])
+    moved = f"go from {before} to {after}" if before != after else f"stay at {after}"
+    return f"{name} {moved} of the FP32 peak"
 
 
 def _phase(report: MemoryReport) -> str:
@@ -117,8 +131,3 @@ def _share(report: MemoryReport, category: Category) -> float:
 
 def _optimizer(report: MemoryReport) -> str:
     return f"{report.optimizers[0]}'s state" if len(report.optimizers) == 1 else "optimizer state"
-
-
-def _words(categories: Sequence[Category]) -> str:
-    names = [category.value.replace("_", " ") for category in categories]
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
