@@ -42,7 +42,7 @@ class Job:
     precision: str
     accelerator: str
     steps: int
-    """Counted, after `warmup_steps`. As many more follow that are only timed, where the data has them."""
+    """Counted, after `warmup_steps`. Up to as many more follow that are only timed, where the data has them."""
     warmup_steps: int = 2
     seed: int = 0
 

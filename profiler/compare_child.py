@@ -31,6 +31,9 @@ TrainerArguments = Callable[[str], dict[str, Any]]
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
 """What the messages of RuntimeErrors say where memory ran out: CUDA's own, torch's CPU allocator, cuBLAS and cuDNN."""
 
+_TIMING_S = 10.0
+"""Once the steps that are only timed have taken so long, there are enough of them: where a step is slow, one will do."""
+
 
 def main(folder: Path, trainer_arguments: TrainerArguments) -> None:
     """`run`, in a process that is there for nothing else: it ends when its parent does."""
@@ -159,7 +162,7 @@ class _Watch(pl.Callback):
             self.seconds.append(_now(trainer) - self._began)
         self.done += 1
         self._progress.write(b".")
-        if self.done == self.until:
+        if self.done == self.until or sum(self.seconds) > _TIMING_S:
             raise _Enough
 
     def ran_out_of_data(self, trainer: pl.Trainer) -> bool:

@@ -126,6 +126,13 @@ def test_steps_that_are_only_timed_need_not_be_there(tmp_path: Path) -> None:
     assert (report.steps, seconds, batches) == (2, None, 4)
 
 
+def test_slow_steps_are_timed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare_child, "_TIMING_S", 0.0)
+    report, seconds, batches = trained(job_for("WithData", steps=3), tmp_path)
+    assert (report.steps, batches) == (3, 6)
+    assert seconds is not None
+
+
 @pytest.mark.filterwarnings("ignore:Total length of:UserWarning")
 @pytest.mark.parametrize(("count", "batches"), [(0, "0 batches"), (4, "1 batch"), (12, "3 batches")])
 @pytest.mark.parametrize("name", ["Tiny", "Plateau"])
