@@ -32,7 +32,7 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory",
 """What the messages of RuntimeErrors say where memory ran out: CUDA's own, torch's CPU allocator, cuBLAS and cuDNN."""
 
 _TIMING_S = 10.0
-"""Once the steps that are only timed have taken so long, there are enough of them: where a step is slow, one will do."""
+"""Once the steps that are only timed have taken so long, there are enough of them: of slow ones, one will do."""
 
 
 def main(folder: Path, trainer_arguments: TrainerArguments) -> None:
@@ -85,7 +85,7 @@ def train(
         limit_val_batches=0,
         num_sanity_val_steps=0,
         default_root_dir=folder,
-        logger=DummyLogger(),  # a module that writes to its logger finds one
+        logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
@@ -150,6 +150,12 @@ class _Watch(pl.Callback):
         self.seconds: list[float] = []
         self._progress = progress
         self._began = 0.0
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        # A module that writes to its logger finds one. Not earlier: with a logger, the Trainer refuses a model and
+        # data that were given different values under one name.
+        trainer.loggers = [DummyLogger()]
 
     @override
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:

@@ -99,6 +99,12 @@ def test_the_examples_are_trained(target: Target, tmp_path: Path) -> None:
     assert report.categories[Category.OPTIMIZER_STATE] >= 8 * report.parameters
 
 
+def test_model_and_data_may_differ_in_an_argument_of_one_name(tmp_path: Path) -> None:
+    sizes = {"seq_len": "16", "batch_size": "2", "steps": "9"}
+    target = Target("examples.train_gpt:GPTModule", {"size": "nano"}, "examples.train_gpt:ByteText", sizes)
+    assert trained(Job(target, "32-true", "cpu", 1), tmp_path)[0].steps == 1
+
+
 def test_gradient_release_is_a_precision_too(tmp_path: Path) -> None:
     report, _, _ = trained(job_for("WithData", "mpt-bf16-true:minimal"), tmp_path)
     assert report.phases["optimizer_step"].categories.get(Category.GRADIENTS, 0) == 0
