@@ -106,7 +106,7 @@ def _claims(rows: Sequence[Row]) -> list[RenderableType]:
         lines.append(Text.assemble("- ", (rest[0], "bold"), f" {rest[1]:.1%}, which the usual figures leave out"))
     for row in rows:
         for claim in saved_claims(fp32, row.report) if row.report is not None and row.report is not fp32 else ():
-            lines.append(_claim(claim, f"half saved by {row.precision}", f"{claim.share:.1%}"))
+            lines.append(_claim(claim, f"saved by {row.precision}", f"{claim.share:.1%}"))
     return [Text("\nWhat is usually said of FP32 training, for this network", style="bold"), *lines]
 
 

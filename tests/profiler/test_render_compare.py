@@ -60,8 +60,8 @@ def test_what_is_usually_said_is_held_against_fp32() -> None:
     assert "✗ gradients 16.7%" in text
     assert "✓ weights 8.3% of the FP32 peak; usually said: 5% to 10%" in text
     assert "optimizer state 16.7%, which the usual figures leave out" in text
-    assert "✓ half saved by mpt-bf16-true 45.8%; usually said: 40% to 60%" in text
-    assert "✗ half saved by mpt-bf16-true:compact -8.3%" in text
+    assert "✓ saved by mpt-bf16-true 45.8%; usually said: 40% to 60%" in text
+    assert "✗ saved by mpt-bf16-true:compact -8.3%" in text
 
 
 def test_without_fp32_nothing_is_said_of_it() -> None:
