@@ -8,9 +8,8 @@ optimizer_step   one look at the gradients, then unscale, clip and update in one
 teardown         the module is FP32 again, and everything global is what it was
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from types import EllipsisType
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -60,8 +59,8 @@ class MasterWeightPrecision(Precision):
             next to nothing. A parameter whose gradient is not finite is skipped alone, and the step counted. For one
             AdamW or Adam under automatic optimization, and not with a dynamic loss scale, clipping by norm, or
             accumulation over batches, which all need every gradient first; `on_before_optimizer_step` sees none.
-        fp32_modules: module types kept in FP32 with their inputs and outputs cast; by default norms with running
-            statistics (BatchNorm, InstanceNorm), which need no cast.
+        fp32_modules: module types kept in FP32 with their inputs and outputs cast; None for norms with running
+            statistics (BatchNorm, InstanceNorm), which need no cast; `()` for none at all.
         autocast: run forward under `torch.autocast` as well, for modules that mix types. Autocast makes some outputs,
             of norms and softmax among them, FP32: activations are larger.
 
@@ -84,7 +83,7 @@ class MasterWeightPrecision(Precision):
         master_weights: str = "split",
         optimizer_state: str = "float32",
         gradient_release: bool = False,
-        fp32_modules: "type[nn.Module] | tuple[type[nn.Module], ...] | list[type[nn.Module]] | EllipsisType" = ...,
+        fp32_modules: type[nn.Module] | Sequence[type[nn.Module]] | None = None,
         autocast: bool = False,
     ) -> None:
         if not isinstance(precision, str) or precision not in DTYPES:
@@ -393,7 +392,7 @@ def _unwrapped(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
 
 
 def _module_types(given: Any) -> tuple[type[nn.Module], ...]:
-    if given is ...:
+    if given is None:
         return RUNNING_NORMS
     types = (given,) if isinstance(given, type) else given
     if not isinstance(types, tuple | list) or not all(isinstance(t, type) and issubclass(t, nn.Module) for t in types):
