@@ -15,7 +15,7 @@ An owner that knows more has a method `memory_categories()`: an optimizer, or an
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from .category import Category
 from .ledger import BACKWARD, FORWARD, OPTIMIZER_STEP, OUTSIDE
+from .modules import ModuleForwards, hookable
 from .recording import Claim, Gone, Mark
+from .tensors import parts_of, tensors_in
 
 now_ns = time.time_ns
 """The clock of torch.profiler's events and, to its microsecond, of the CUDA allocator's history."""
@@ -55,17 +57,20 @@ class Owners:
         self._running: list[_Run] = []
         self._phase = OUTSIDE
         self._fresh = False  # no module has run in this phase yet: what the first is given is the batch
+        self._counted = True
         self._told = False  # the autograd engine was asked to say when it is done
         self._watched: dict[int, StorageWeakRef] = {}
         self.claims: list[Claim] = []
         self.phases: list[Mark] = []
         self.modules: list[Mark] = []
         self.gone: list[Gone] = []
+        self.forwards = ModuleForwards()
 
     # -- a step begins and ends ---------------------------------------------------------------------------------
 
-    def begin_step(self) -> None:
-        """A step begins; its first phase is `forward`."""
+    def begin_step(self, *, counted: bool = True) -> None:
+        """A step begins; its first phase is `forward`. Of one that is not counted, forward passes are not either."""
+        self._counted = counted
         self._name_parameters()
         self.claim_lasting()
         self._told = False
@@ -77,7 +82,7 @@ class Owners:
         # checkpoint's, stay in force within.
         self._saved_hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         self._saved_hooks.__enter__()
-        for path, module in _hookable(self._module):
+        for path, module in hookable(self._module):
             self._handles.append(module.register_forward_pre_hook(self._enterer(path), with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._leaver(), always_call=True))
         for parameter in self._paths:
@@ -112,7 +117,7 @@ class Owners:
 
     def claim(self, category: Category, tensor: torch.Tensor, module: str | None, *, watch: bool = False) -> None:
         """`tensor`'s storage belongs to `category` and to the module at path `module` (None: to no module)."""
-        for part in _parts(tensor):
+        for part in parts_of(tensor):
             storage = part.untyped_storage()
             if part.device.type != self._device.type or storage.nbytes() == 0:
                 continue
@@ -128,7 +133,7 @@ class Owners:
 
     def claim_inputs(self, batch: Any) -> None:
         """Every tensor in `batch`, whatever it is nested in, is an input."""
-        for tensor in _tensors_in(batch):
+        for tensor in tensors_in(batch):
             if not tensor.requires_grad:
                 self.claim(Category.INPUTS, tensor, "", watch=True)
 
@@ -147,7 +152,7 @@ class Owners:
         for optimizer in self._optimizers:
             for key, state in optimizer.state.items():
                 path = self._paths.get(key) if isinstance(key, torch.nn.Parameter) else None
-                for tensor in _tensors_in(state):
+                for tensor in tensors_in(state):
                     self.claim(Category.OPTIMIZER_STATE, tensor, path, watch=True)
 
     def _claim_testimony(self, witness: Any) -> None:
@@ -174,6 +179,10 @@ class Owners:
         """Number of scalar parameters, those of tied modules once."""
         self._name_parameters()
         return sum(parameter.numel() for parameter in self._paths)
+
+    def optimizer_names(self) -> list[str]:
+        """The optimizers' classes; of one that is wrapped, as Lightning's Fabric does, the class inside."""
+        return [type(getattr(optimizer, "optimizer", optimizer)).__name__ for optimizer in self._optimizers]
 
     def _look_for_gone(self) -> None:
         """Note which of the watched storages have died since the last look."""
@@ -221,8 +230,10 @@ class Owners:
             if self._fresh and not in_backward():
                 self._fresh = False
                 self.claim_inputs((args, kwargs))
-            self._running.append(_Run(path, self._join_recomputation()))
-            self.modules.append(Mark(now_ns(), path))
+            joined = self._join_recomputation()
+            began_ns = now_ns()
+            self._running.append(_Run(path, joined, began_ns, counted=self._counted and not in_backward()))
+            self.modules.append(Mark(began_ns, path))
 
         return enter
 
@@ -230,11 +241,14 @@ class Owners:
         def leave(module: torch.nn.Module, args: Any, output: Any) -> None:
             if torch.compiler.is_compiling():
                 return
+            ended_ns = now_ns()
             if self._running:
-                joined = self._running.pop().joined
-                if joined is not None:
-                    joined.__exit__()
-            self.modules.append(Mark(now_ns(), self._module_running()))
+                run = self._running.pop()
+                if run.joined is not None:
+                    run.joined.__exit__()
+                if run.counted:
+                    self.forwards.add(run.path, ended_ns - run.began_ns, output)
+            self.modules.append(Mark(ended_ns, self._module_running()))
 
         return leave
 
@@ -291,6 +305,8 @@ class _Run(NamedTuple):
 
     path: str
     joined: torch.autograd.graph.saved_tensors_hooks | None
+    began_ns: int
+    counted: bool
 
 
 def in_backward() -> bool:
@@ -300,47 +316,3 @@ def in_backward() -> bool:
 
 def _version(tensor: torch.Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
-
-
-def _hookable(root: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """The modules whose forward pass Python sees: not those inside a compiled or scripted one."""
-    hidden: set[torch.nn.Module] = set()
-    for path, module in root.named_modules():
-        if module in hidden or isinstance(module, torch.jit.ScriptModule):
-            hidden.update(module.children())
-            continue
-        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
-            hidden.update(module.children())
-        if module._compiled_call_impl is None:
-            yield path, module
-
-
-def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The plain strided tensors that hold a tensor's data: several for a sparse one or a wrapper (DTensor)."""
-    if tensor.layout in (torch.sparse_coo,):
-        yield from (tensor._indices(), tensor._values())
-    elif tensor.layout is not torch.strided:
-        return
-    elif torch.utils._python_dispatch.is_traceable_wrapper_subclass(tensor):
-        names, _ = tensor.__tensor_flatten__()
-        for name in names:
-            yield from _parts(getattr(tensor, name))
-    else:
-        yield tensor
-
-
-def _tensors_in(item: Any, depth: int = 8) -> Iterator[torch.Tensor]:
-    """The tensors in nested lists, tuples, dictionaries and plain objects."""
-    if isinstance(item, torch.Tensor):
-        yield item
-    elif depth == 0 or item is None or isinstance(item, str | bytes | int | float):
-        return
-    elif isinstance(item, dict) or hasattr(item, "items"):
-        for value in dict(item).values():
-            yield from _tensors_in(value, depth - 1)
-    elif isinstance(item, list | tuple | set):
-        for value in item:
-            yield from _tensors_in(value, depth - 1)
-    elif hasattr(item, "__dict__"):
-        for value in vars(item).values():
-            yield from _tensors_in(value, depth - 1)

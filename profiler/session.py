@@ -43,7 +43,7 @@ class Session:
         self._opened_ns = now_ns()
         self._counted = counted
         try:
-            self._owners.begin_step()
+            self._owners.begin_step(counted=counted)
             if counted:
                 self._owners.install()
         except BaseException:
@@ -95,6 +95,8 @@ class Session:
             workspace_bytes=self._source.workspace_bytes,
             clock_error_ns=self._source.clock_error_ns,
             claims_make_blocks=not self._source.lists_live_blocks,
+            forwards=owners.forwards.by_path(),
+            optimizers=owners.optimizer_names(),
         )
 
     def abort(self) -> None:
