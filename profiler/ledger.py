@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 
 from .category import PRIORITY, Category
-from .recording import Claim, Event, Mark, Recording, Window
+from .recording import Claim, Event, Interval, Mark, Recording, Window
 
 FORWARD = "forward"
 BACKWARD = "backward"
@@ -98,6 +98,8 @@ def replay(recording: Recording, timeline_points: int = 400) -> Ledger:
     events = sorted([*recording.events, *older_frees], key=itemgetter(0))
     phases = sorted(recording.phases, key=itemgetter(0))
     blocks = _blocks(recording.start, events, phases)
+    for own in recording.own:
+        blocks = [block for block in blocks if not _within(block, own, recording.clock_error_ns)]
     _assign(recording, blocks, events, phases)
     ledger = _sweep(recording.windows, events, phases, blocks, timeline_points)
     ledger.phase_names = [mark.name or OUTSIDE for mark in phases]
@@ -120,6 +122,11 @@ def _blocks(start: list[Event], events: list[Event], phases: list[Mark]) -> list
             live[address] = block = Block(address, size, requested, index, time_ns, phase - 1)
             blocks.append(block)
     return blocks
+
+
+def _within(block: Block, own: Interval, error_ns: int) -> bool:
+    """Whether the block was born and freed while the profiler itself worked."""
+    return own.start_ns - error_ns <= block.born_ns and block.freed_ns <= own.end_ns + error_ns
 
 
 def _assign(recording: Recording, blocks: list[Block], events: list[Event], phases: list[Mark]) -> None:

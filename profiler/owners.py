@@ -15,16 +15,18 @@ An owner that knows more has a method `memory_categories()`: an optimizer, or an
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .category import Category
+from .duplicates import DuplicateFinder
+from .figures import Duplicate
 from .ledger import BACKWARD, FORWARD, OPTIMIZER_STEP, OUTSIDE
 from .modules import ModuleForwards, hookable
-from .recording import Claim, Gone, Mark
+from .recording import Claim, Gone, Interval, Mark
 from .tensors import parts_of, tensors_in
 
 now_ns = time.time_ns
@@ -39,6 +41,7 @@ class Owners:
         optimizers: the optimizers that step it.
         device: claims are made for storages on this device alone.
         witnesses: further objects with a `memory_categories()` method.
+        find_duplicates: look for values saved in two precisions, when the first backward pass with hooks on begins.
     """
 
     def __init__(
@@ -47,6 +50,8 @@ class Owners:
         optimizers: Iterable[torch.optim.Optimizer],
         device: torch.device,
         witnesses: Iterable[Any] = (),
+        *,
+        find_duplicates: bool = False,
     ) -> None:
         self._module = module
         self._optimizers = list(optimizers)
@@ -65,6 +70,11 @@ class Owners:
         self.modules: list[Mark] = []
         self.gone: list[Gone] = []
         self.forwards = ModuleForwards()
+        self.duplicates: list[Duplicate] = []
+        self.own: list[Interval] = []
+        self.notes: list[str] = []
+        self._finds_duplicates = find_duplicates
+        self._finder: DuplicateFinder | None = None  # within the forward pass that is looked through
 
     # -- a step begins and ends ---------------------------------------------------------------------------------
 
@@ -78,6 +88,11 @@ class Owners:
 
     def install(self) -> None:
         """Put the hooks on."""
+        if self._finds_duplicates:
+            self._finder = DuplicateFinder()
+            for parameter, path in self._paths.items():
+                for part in self._parts_here(parameter):
+                    self._finder.add(part, path)
         # The innermost saved-tensor hooks alone apply, so these must be the outermost: a user's own, or a
         # checkpoint's, stay in force within.
         self._saved_hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
@@ -107,6 +122,7 @@ class Owners:
             joined = self._running.pop().joined
             if joined is not None:
                 joined.__exit__()
+        self._finder = None
         if self._saved_hooks is not None:
             self._saved_hooks.__exit__()
             self._saved_hooks = None
@@ -117,19 +133,24 @@ class Owners:
 
     def claim(self, category: Category, tensor: torch.Tensor, module: str | None, *, watch: bool = False) -> None:
         """`tensor`'s storage belongs to `category` and to the module at path `module` (None: to no module)."""
-        for part in parts_of(tensor):
+        for part in self._parts_here(tensor):
             storage = part.untyped_storage()
-            if part.device.type != self._device.type or storage.nbytes() == 0:
-                continue
-            if self._device.index is not None and part.device.index != self._device.index:
-                continue
             address = storage.data_ptr()
-            if address == 0:  # fake, meta, or freed by resizing, as FSDP does
-                continue
             dtype = str(part.dtype).removeprefix("torch.")
             self.claims.append(Claim(now_ns(), address, storage.nbytes(), category, module, tuple(part.shape), dtype))
             if watch and address not in self._watched:
                 self._watched[address] = StorageWeakRef(storage)
+
+    def _parts_here(self, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The plain tensors that hold `tensor`'s data, as far as they have memory on this device."""
+        for part in parts_of(tensor):
+            if part.device.type != self._device.type:
+                continue
+            if self._device.index is not None and part.device.index != self._device.index:
+                continue
+            storage = part.untyped_storage()
+            if storage.nbytes() and storage.data_ptr():  # no address: fake, meta, or freed by resizing, as FSDP does
+                yield part
 
     def claim_inputs(self, batch: Any) -> None:
         """Every tensor in `batch`, whatever it is nested in, is an input."""
@@ -201,6 +222,7 @@ class Owners:
 
     def begin_backward(self) -> None:
         """Backward begins now."""
+        self._compare_saved()
         self._enter(BACKWARD)
         self.modules.append(Mark(now_ns(), None))
 
@@ -210,6 +232,7 @@ class Owners:
             # The first sign of backward comes a little late: the gradient of a mean is made before anything saved is
             # looked at. It began at some time since the last sign of forward.
             signs: list[Mark | Claim] = [self.phases[-1], *self.modules[-1:], *self.claims[-1:]]
+            self._compare_saved()
             self._enter(BACKWARD, since_ns=max(sign.time_ns for sign in signs))
             self.modules.append(Mark(now_ns(), None))
         if in_backward() and not self._told:
@@ -258,8 +281,25 @@ class Owners:
     # -- what autograd does -------------------------------------------------------------------------------------
 
     def _pack(self, tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
-        self.claim(Category.ACTIVATIONS, tensor, self._module_running())
+        module = self._module_running()
+        self.claim(Category.ACTIVATIONS, tensor, module)
+        if self._finder is not None:
+            for part in self._parts_here(tensor):
+                self._finder.add(part, module)
         return tensor, _version(tensor)
+
+    def _compare_saved(self) -> None:
+        """Look for duplicates, once: now that the forward pass has saved all that it saves, and nothing is used yet."""
+        finder, self._finder = self._finder, None
+        if finder is None:
+            return
+        self._finds_duplicates = False
+        began_ns = now_ns()
+        try:
+            self.duplicates = finder.find()
+        except RuntimeError as error:  # out of memory, say: training goes on without this list
+            self.notes.append(f"Values saved in two precisions were not looked for: {str(error).splitlines()[0]}")
+        self.own.append(Interval(began_ns, now_ns()))
 
     def _unpack(self, packed: tuple[torch.Tensor, int]) -> torch.Tensor:
         self._in_backward()

@@ -29,7 +29,7 @@ class MemoryRecorder:
         module: the module that is trained. Its device is the one recorded.
         optimizers: the optimizer, or several.
         warmup_steps: steps to let pass first. The last of them is followed, but not counted: so that what it leaves
-            behind is known.
+            behind is known, and values saved in two precisions are found without disturbing a step that counts.
         steps: how many steps to count, then stop recording; None for all until the end of the `with` block.
         witnesses: further objects that know whose tensors are whose: with a method `memory_categories()` that yields
             `(category, tensor, parameter or None)`. An optimizer that has this method is asked by itself.

@@ -14,6 +14,8 @@ from .sources import Source, source_for
 class Session:
     """Records steps one after another. Between `open_step` and `close_step` hooks are on; else none is.
 
+    Values saved in two precisions are looked for in the first step: best in one that is not counted.
+
     `start` and `finish` (or `abort`) must be called in the same thread.
     """
 
@@ -26,7 +28,7 @@ class Session:
     ) -> None:
         self.device = device if device is not None else device_of(module)
         self._source: Source = source_for(self.device)
-        self._owners = Owners(module, optimizers, self.device, witnesses)
+        self._owners = Owners(module, optimizers, self.device, witnesses, find_duplicates=True)
         self._opened_ns: int | None = None
         self._counted = True
         self._windows: list[Window] = []
@@ -38,14 +40,13 @@ class Session:
         self.active = True
 
     def open_step(self, *, counted: bool = True) -> None:
-        """A step begins. One that is not counted is followed only for what it leaves alive, without any hooks."""
+        """A step begins. One that is not counted is followed for what it leaves alive, and for the steps after it."""
         self._source.reset_peak()
         self._opened_ns = now_ns()
         self._counted = counted
         try:
             self._owners.begin_step(counted=counted)
-            if counted:
-                self._owners.install()
+            self._owners.install()
         except BaseException:
             self.abort()
             raise
@@ -97,6 +98,9 @@ class Session:
             claims_make_blocks=not self._source.lists_live_blocks,
             forwards=owners.forwards.by_path(),
             optimizers=owners.optimizer_names(),
+            own=owners.own,
+            duplicates=owners.duplicates,
+            notes=owners.notes,
         )
 
     def abort(self) -> None:
