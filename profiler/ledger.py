@@ -17,7 +17,11 @@ from .recording import Claim, Event, Interval, Mark, Recording, Window
 
 FORWARD = "forward"
 BACKWARD = "backward"
+CLIP = "clip"
+"""Between backward and the optimizer's step, where gradients are clipped."""
 OPTIMIZER_STEP = "optimizer_step"
+PHASES = (FORWARD, BACKWARD, CLIP, OPTIMIZER_STEP)
+"""In the order of a step."""
 OUTSIDE = ""
 """The phase between steps: what happens there is followed, but belongs to no step and to no peak."""
 
@@ -172,7 +176,11 @@ def _within_a_phase(block: Block, phases: list[Mark]) -> bool:
         return False
     since_ns = phases[block.freed_phase].since_ns if block.freed_phase >= 0 else None
     late = since_ns is not None and block.born_ns >= since_ns
-    return block.freed_phase == block.born_phase or (late and block.freed_phase == block.born_phase + 1)
+    if block.freed_phase == block.born_phase or (late and block.freed_phase == block.born_phase + 1):
+        return True
+    # What is between backward and the next forward pass is the step on the gradients: clipping is a part of it.
+    passed = range(block.born_phase, block.freed_phase + 1)
+    return block.born_phase >= 0 and all(phases[index].name in (CLIP, OPTIMIZER_STEP) for index in passed)
 
 
 def _alive(blocks: list[Block], time_ns: int, error_ns: int) -> Block | None:
@@ -282,6 +290,6 @@ def _sweep(windows: list[Window], events: list[Event], phases: list[Mark], block
         if counted and sweep.phase != OUTSIDE and index < len(events):
             sweep.observe(index, time_ns)
     timeline = [moment for _, (_, moment) in sorted(sweep.moments.items())]
-    order = {FORWARD: 0, BACKWARD: 1, OPTIMIZER_STEP: 2}
-    by_phase = dict(sorted(sweep.phases.items(), key=lambda item: order.get(item[0], 3)))
+    order = {name: rank for rank, name in enumerate(PHASES)}
+    by_phase = dict(sorted(sweep.phases.items(), key=lambda item: order.get(item[0], len(order))))
     return Ledger(blocks, sweep.peak, by_phase, timeline)

@@ -11,16 +11,20 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.profilers import Profiler
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
-from .recorder import check_steps
+from .ledger import BACKWARD, CLIP, OPTIMIZER_STEP
+from .recorder import check_bounds
 from .recording import Recording
 from .report import MemoryReport
 from .session import Session, json_path
+from .sources import MAX_EVENTS
 
 _FETCH = ".train_dataloader_next"
 _BATCH = "run_training_batch"
 _BACKWARD = ".backward"
+_CLIP = ".configure_gradient_clipping"
 _VALIDATION = ".on_validation_start"
 
 
@@ -34,10 +38,13 @@ class MemoryProfiler(Profiler):
         filename: its name without `.json`; by default `memory_report`. Processes of a rank above 0 add `-RANK`.
         warmup_steps: batches to let pass first, so that optimizer state and library workspaces exist.
         steps: how many batches to record. Before and after them nothing is on, and nothing is slower.
+        max_events: stop recording at the end of the step in which so many events and owners were noted; the report says
+            so. On CPU, where the events are known only afterwards, the owners alone are counted: saved tensors,
+            gradients, state, and runs of modules.
         save_trace: where to keep the recorded events as JSON, for `MemoryReport.from_trace`.
 
     Raises:
-        ValueError: for step counts out of range, and at the first recorded step for a device that tells nothing of its
+        ValueError: for counts out of range, and at the first recorded step for a device that tells nothing of its
             allocations.
     """
 
@@ -48,12 +55,14 @@ class MemoryProfiler(Profiler):
         *,
         warmup_steps: int = 2,
         steps: int = 3,
+        max_events: int = MAX_EVENTS,
         save_trace: str | Path | None = None,
     ) -> None:
         super().__init__(dirpath=dirpath, filename=filename)  # before anything can fail: __del__ needs it
-        check_steps(warmup_steps, steps)
+        check_bounds(warmup_steps, steps, max_events)
         self.warmup_steps = warmup_steps
         self.steps = steps
+        self.max_events = max_events
         self.save_trace = save_trace
         self._lightning_module: pl.LightningModule | None = None  # the Trainer sets it
         self._session: Session | None = None
@@ -94,7 +103,9 @@ class MemoryProfiler(Profiler):
         elif self._session is None:
             return
         elif action_name.endswith(_BACKWARD) and action_name.startswith("[Strategy]"):
-            self._session.begin_backward()
+            self._session.begin_phase(BACKWARD)
+        elif action_name.endswith(_CLIP) and self._clips():
+            self._session.begin_phase(CLIP)
         elif action_name.endswith(_VALIDATION):
             # A validation epoch can be long, and every event of it would be kept. What was counted is enough; where
             # nothing has, the next training step begins anew.
@@ -112,6 +123,8 @@ class MemoryProfiler(Profiler):
             self._abort()
             self._why_none = f"a training step ended in {sys.exc_info()[0]!r}, and the recording with it"
             self._done = True
+        elif action_name.endswith(_CLIP) and self._clips():
+            self._session.begin_phase(OPTIMIZER_STEP)
         elif action_name == _BATCH:
             self._end_step()
 
@@ -156,20 +169,26 @@ class MemoryProfiler(Profiler):
                 trainer.optimizers,
                 witnesses=[trainer.precision_plugin],
                 device=trainer.strategy.root_device,
+                max_events=self.max_events,
             )
             session.start()
             self._session = session
             _callbacks(trainer).append(self._callback)
         self._session.open_step(counted=self._passed >= self.warmup_steps)
 
+    def _clips(self) -> bool:
+        """Whether something is clipped: Lightning asks for it in every step."""
+        assert self._lightning_module is not None
+        trainer = self._lightning_module.trainer
+        return bool(trainer.gradient_clip_val) or is_overridden("configure_gradient_clipping", trainer.lightning_module)
+
     def _end_step(self) -> None:
         assert self._session is not None
         self._passed += 1
         self._session.close_step()
-        if self._session.counted_steps == self.steps:
+        counted = self._session.counted_steps
+        if counted == self.steps or (counted and self._session.full):
             self._finish()
-
-    def _pause(self) -> None: ...
 
     def _finish(self) -> None:
         """Stop recording and make the report of the steps counted so far, if there are any."""

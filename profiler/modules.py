@@ -10,6 +10,9 @@ from .tensors import parts_of, tensors_in
 OUTPUT_DEPTH = 3
 """How deep outputs are searched for tensors: a tensor in a list in a dictionary is found."""
 
+NAMED = 5
+"""How many modules a note names."""
+
 
 class ModuleForwards:
     """The forward passes of every module: how many, the time they took, the size of what they gave."""
@@ -45,3 +48,30 @@ def hookable(root: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
             hidden.update(module.children())
         if module._compiled_call_impl is None:
             yield path, module
+
+
+def compiles(root: torch.nn.Module) -> bool:
+    """Whether torch.compile is at work: it would trace, and compile, what autograd calls while a compiled module runs.
+
+    A compiled function that is no module is known by what was compiled before.
+    """
+    return bool(_compiled(root)) or bool(torch._dynamo.utils.counters["frames"]["total"])
+
+
+def compiled_note(root: torch.nn.Module) -> str | None:
+    """A sentence that names the modules whose insides torch.compile runs as one; None where there are none."""
+    paths = [path or "the module itself" for path in _compiled(root)]
+    if not paths:
+        return None
+    more = f" and {len(paths) - NAMED} more" if len(paths) > NAMED else ""
+    return (
+        f"Under torch.compile, what happens inside these modules is not told apart: {', '.join(paths[:NAMED])}{more}."
+    )
+
+
+def _compiled(root: torch.nn.Module) -> list[str]:
+    return [
+        path
+        for path, module in root.named_modules()
+        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
+    ]

@@ -15,7 +15,7 @@ An owner that knows more has a method `memory_categories()`: an optimizer, or an
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -24,10 +24,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from .category import Category
 from .duplicates import DuplicateFinder
 from .figures import Duplicate
-from .ledger import BACKWARD, FORWARD, OPTIMIZER_STEP, OUTSIDE
-from .modules import ModuleForwards, hookable
+from .ledger import BACKWARD, CLIP, FORWARD, OPTIMIZER_STEP, OUTSIDE
+from .modules import ModuleForwards, compiles, hookable
 from .recording import Claim, Gone, Interval, Mark
-from .tensors import parts_of, tensors_in
+from .tensors import parts_of, tensors_in, version_of
 
 now_ns = time.time_ns
 """The clock of torch.profiler's events and, to its microsecond, of the CUDA allocator's history."""
@@ -41,6 +41,7 @@ class Owners:
         optimizers: the optimizers that step it.
         device: claims are made for storages on this device alone.
         witnesses: further objects with a `memory_categories()` method.
+        max_claims: how many tensors saved for backward, and runs of modules, are noted; the rest is only counted.
         find_duplicates: look for values saved in two precisions, when the first backward pass with hooks on begins.
     """
 
@@ -51,6 +52,7 @@ class Owners:
         device: torch.device,
         witnesses: Iterable[Any] = (),
         *,
+        max_claims: int = 1 << 62,
         find_duplicates: bool = False,
     ) -> None:
         self._module = module
@@ -73,6 +75,9 @@ class Owners:
         self.duplicates: list[Duplicate] = []
         self.own: list[Interval] = []
         self.notes: list[str] = []
+        self.dropped = 0
+        """Notes on saved tensors and running modules that came after `max_claims`."""
+        self._max_claims = max_claims
         self._finds_duplicates = find_duplicates
         self._finder: DuplicateFinder | None = None  # within the forward pass that is looked through
 
@@ -95,20 +100,24 @@ class Owners:
                     self._finder.add(part, path)
         # The innermost saved-tensor hooks alone apply, so these must be the outermost: a user's own, or a
         # checkpoint's, stay in force within.
-        self._saved_hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        untraced = torch._dynamo.disable if compiles(self._module) else _as_it_is
+        self._saved_hooks = torch.autograd.graph.saved_tensors_hooks(untraced(self._pack), untraced(self._unpack))
         self._saved_hooks.__enter__()
         for path, module in hookable(self._module):
             self._handles.append(module.register_forward_pre_hook(self._enterer(path), with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._leaver(), always_call=True))
+        gradient = untraced(self._gradient)
         for parameter in self._paths:
             if parameter.requires_grad and parameter.is_leaf:
-                self._handles.append(parameter.register_post_accumulate_grad_hook(self._gradient))
+                self._handles.append(parameter.register_post_accumulate_grad_hook(gradient))
                 # Another hook may use the gradient up and free it: those that were there go to the end. (Autograd reads
                 # the plain dictionary, so OrderedDict.move_to_end would change nothing.)
                 hooks = parameter._post_accumulate_grad_hooks
                 assert hooks is not None
                 for key in list(hooks)[:-1]:
                     hooks[key] = hooks.pop(key)
+        for optimizer in self._optimizers:
+            self._handles.append(optimizer.register_step_pre_hook(self._step_begins))
 
     def end_step(self) -> None:
         """The step is over: what follows is between steps."""
@@ -140,6 +149,11 @@ class Owners:
             self.claims.append(Claim(now_ns(), address, storage.nbytes(), category, module, tuple(part.shape), dtype))
             if watch and address not in self._watched:
                 self._watched[address] = StorageWeakRef(storage)
+
+    @property
+    def kept(self) -> int:
+        """How many claims and marks are kept."""
+        return len(self.claims) + len(self.modules)
 
     def _parts_here(self, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         """The plain tensors that hold `tensor`'s data, as far as they have memory on this device."""
@@ -220,11 +234,13 @@ class Owners:
         self._fresh = phase == FORWARD
         self.phases.append(Mark(now_ns(), phase, since_ns))
 
-    def begin_backward(self) -> None:
-        """Backward begins now."""
-        self._compare_saved()
-        self._enter(BACKWARD)
-        self.modules.append(Mark(now_ns(), None))
+    def begin_phase(self, name: str) -> None:
+        """The phase `name` begins now."""
+        if name == BACKWARD:
+            self._compare_saved()
+            self.modules.append(Mark(now_ns(), None))
+        if name != self._phase:
+            self._enter(name)
 
     def _in_backward(self) -> None:
         """Something happened that happens in backward only."""
@@ -239,6 +255,10 @@ class Owners:
             torch.autograd.Variable._execution_engine.queue_callback(self._leave_backward)
             self._told = True
 
+    def _step_begins(self, *_: Any) -> None:
+        if self._phase == CLIP:
+            self._enter(OPTIMIZER_STEP)
+
     def _leave_backward(self) -> None:
         self._told = False
         if self._phase == BACKWARD:
@@ -248,7 +268,7 @@ class Owners:
         def enter(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if torch.compiler.is_compiling():  # traced into a compiled graph, this hook must be nothing
                 return
-            if self._phase == OPTIMIZER_STEP and not in_backward():
+            if self._phase in (CLIP, OPTIMIZER_STEP) and not in_backward():
                 self._enter(FORWARD)
             if self._fresh and not in_backward():
                 self._fresh = False
@@ -256,7 +276,7 @@ class Owners:
             joined = self._join_recomputation()
             began_ns = now_ns()
             self._running.append(_Run(path, joined, began_ns, counted=self._counted and not in_backward()))
-            self.modules.append(Mark(began_ns, path))
+            self._mark_module(began_ns, path)
 
         return enter
 
@@ -271,9 +291,15 @@ class Owners:
                     run.joined.__exit__()
                 if run.counted:
                     self.forwards.add(run.path, ended_ns - run.began_ns, output)
-            self.modules.append(Mark(ended_ns, self._module_running()))
+            self._mark_module(ended_ns, self._module_running())
 
         return leave
+
+    def _mark_module(self, time_ns: int, path: str | None) -> None:
+        if self.kept < self._max_claims:
+            self.modules.append(Mark(time_ns, path))
+        else:
+            self.dropped += 1
 
     def _module_running(self) -> str | None:
         return self._running[-1].path if self._running else None
@@ -282,11 +308,17 @@ class Owners:
 
     def _pack(self, tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
         module = self._module_running()
-        self.claim(Category.ACTIVATIONS, tensor, module)
+        self._claim_saved(tensor, module)
         if self._finder is not None:
             for part in self._parts_here(tensor):
                 self._finder.add(part, module)
-        return tensor, _version(tensor)
+        return tensor, version_of(tensor)
+
+    def _claim_saved(self, tensor: torch.Tensor, module: str | None) -> None:
+        if self.kept < self._max_claims:
+            self.claim(Category.ACTIVATIONS, tensor, module)
+        else:
+            self.dropped += 1
 
     def _compare_saved(self) -> None:
         """Look for duplicates, once: now that the forward pass has saved all that it saves, and nothing is used yet."""
@@ -304,12 +336,12 @@ class Owners:
     def _unpack(self, packed: tuple[torch.Tensor, int]) -> torch.Tensor:
         self._in_backward()
         tensor, version = packed
-        # Autograd leaves this check out where there are hooks.
-        if _version(tensor) != version:
+        now = version_of(tensor)
+        if now != version:  # autograd leaves this check out where there are hooks
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"[{tensor.type()} {list(tensor.shape)}] is at version {_version(tensor)}; expected version {version} "
-                "instead. Hint: torch.autograd.set_detect_anomaly(True) finds the operation that failed."
+                f"[{tensor.type()} {list(tensor.shape)}] is at version {now}; expected version {version} instead. "
+                "Hint: torch.autograd.set_detect_anomaly(True) finds the operation that failed."
             )
         return tensor
 
@@ -327,7 +359,7 @@ class Owners:
         keep, give = hooks
 
         def pack(tensor: torch.Tensor) -> Any:
-            self.claim(Category.ACTIVATIONS, tensor, self._module_running())
+            self._claim_saved(tensor, self._module_running())
             return keep(tensor)
 
         joined = torch.autograd.graph.saved_tensors_hooks(pack, give)
@@ -354,5 +386,5 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _version(tensor: torch.Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from .ledger import PHASES
 from .report import MemoryReport
 from .session import Session, json_path
+from .sources import MAX_EVENTS
 
 
 class MemoryRecorder:
@@ -31,6 +33,9 @@ class MemoryRecorder:
         warmup_steps: steps to let pass first. The last of them is followed, but not counted: so that what it leaves
             behind is known, and values saved in two precisions are found without disturbing a step that counts.
         steps: how many steps to count, then stop recording; None for all until the end of the `with` block.
+        max_events: stop recording at the end of the step in which so many events and owners were noted; the report says
+            so. On CPU, where the events are known only afterwards, the owners alone are counted: saved tensors,
+            gradients, state, and runs of modules.
         witnesses: further objects that know whose tensors are whose: with a method `memory_categories()` that yields
             `(category, tensor, parameter or None)`. An optimizer that has this method is asked by itself.
         save_trace: where to keep the recorded events as JSON, for `MemoryReport.from_trace`.
@@ -38,7 +43,7 @@ class MemoryRecorder:
     On CUDA the device's peak statistics are reset at the beginning of every recorded step.
 
     Raises:
-        ValueError: for a device that tells nothing of its allocations; for step counts out of range.
+        ValueError: for a device that tells nothing of its allocations; for counts out of range.
         RuntimeError: where `torch.profiler` is recording already (CPU).
     """
 
@@ -49,14 +54,16 @@ class MemoryRecorder:
         *,
         warmup_steps: int = 0,
         steps: int | None = None,
+        max_events: int = MAX_EVENTS,
         witnesses: Iterable[Any] = (),
         save_trace: str | Path | None = None,
     ) -> None:
-        check_steps(warmup_steps, steps)
+        check_bounds(warmup_steps, steps, max_events)
         self._module = module
         self._optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
         self._warmup_steps = warmup_steps
         self._steps = steps
+        self._max_events = max_events
         self._witnesses = list(witnesses)
         self._save_trace = save_trace
         self._session: Session | None = None
@@ -84,7 +91,7 @@ class MemoryRecorder:
         self._passed += 1
         if session is not None:
             session.close_step()
-            if session.counted_steps == self._steps:
+            if session.counted_steps == self._steps or (session.counted_steps and session.full):
                 self._finish()
                 return
         if self._report is None:
@@ -104,11 +111,25 @@ class MemoryRecorder:
         if self._session is not None:
             self._session.claim_inputs(batch)
 
+    def phase(self, name: str) -> None:
+        """Say that a phase begins now: `forward`, `backward`, `clip`, or `optimizer_step`.
+
+        Needed for `clip` alone, before gradients are clipped: it ends where one of the optimizers steps. The others
+        are seen.
+
+        Raises:
+            ValueError: for another name.
+        """
+        if name not in PHASES:
+            raise ValueError(f"phase {name!r} is not one of {', '.join(PHASES)}: a step has these phases only.")
+        if self._session is not None:
+            self._session.begin_phase(name)
+
     def _begin_step(self) -> None:
         if self._session is None:
             if self._passed < self._warmup_steps - 1:
                 return
-            self._session = Session(self._module, self._optimizers, self._witnesses)
+            self._session = Session(self._module, self._optimizers, self._witnesses, max_events=self._max_events)
             self._session.start()
         self._session.open_step(counted=self._passed >= self._warmup_steps)
 
@@ -121,7 +142,7 @@ class MemoryRecorder:
         self._report = MemoryReport.from_recording(recording)
 
 
-def check_steps(warmup_steps: int, steps: int | None) -> None:
+def check_bounds(warmup_steps: int, steps: int | None, max_events: int) -> None:
     """Raise ValueError unless the counts make sense."""
     if not isinstance(warmup_steps, int) or warmup_steps < 0:
         raise ValueError(
@@ -129,3 +150,5 @@ def check_steps(warmup_steps: int, steps: int | None) -> None:
         )
     if steps is not None and (not isinstance(steps, int) or steps < 1):
         raise ValueError(f"steps={steps!r}: must be a whole number, 1 or more: at least one step has to be recorded.")
+    if not isinstance(max_events, int) or max_events < 1:
+        raise ValueError(f"max_events={max_events!r}: must be a whole number, 1 or more. The default is a good one.")

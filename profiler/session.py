@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from .modules import compiled_note
 from .owners import Owners, now_ns
 from .recording import Recording, Window
-from .sources import Source, source_for
+from .sources import MAX_EVENTS, Source, source_for
 
 
 class Session:
@@ -25,10 +26,13 @@ class Session:
         optimizers: Iterable[torch.optim.Optimizer],
         witnesses: Iterable[Any] = (),
         device: torch.device | None = None,
+        max_events: int = MAX_EVENTS,
     ) -> None:
         self.device = device if device is not None else device_of(module)
-        self._source: Source = source_for(self.device)
-        self._owners = Owners(module, optimizers, self.device, witnesses, find_duplicates=True)
+        self._module = module
+        self._max_events = max_events
+        self._source: Source = source_for(self.device, max_events)
+        self._owners = Owners(module, optimizers, self.device, witnesses, max_claims=max_events, find_duplicates=True)
         self._opened_ns: int | None = None
         self._counted = True
         self._windows: list[Window] = []
@@ -51,10 +55,10 @@ class Session:
             self.abort()
             raise
 
-    def begin_backward(self) -> None:
-        """Backward begins now. Without this call it is seen from what autograd does."""
+    def begin_phase(self, name: str) -> None:
+        """The phase `name` begins now. Without this call phases are seen from what modules and autograd do."""
         if self._opened_ns is not None:
-            self._owners.begin_backward()
+            self._owners.begin_phase(name)
 
     def claim_inputs(self, batch: Any) -> None:
         if self._opened_ns is not None:
@@ -73,6 +77,12 @@ class Session:
             self._reserved_bytes = max(filter(None, (self._reserved_bytes, reserved_bytes)), default=None)
 
     @property
+    def full(self) -> bool:
+        """Whether as much is kept as may be: then this step should be the last."""
+        events = self._source.event_count()
+        return self._owners.kept + (events or 0) >= self._max_events
+
+    @property
     def counted_steps(self) -> int:
         return len(self._windows)
 
@@ -80,6 +90,7 @@ class Session:
         """Switch off and give what was recorded."""
         self.active = False
         self._owners.remove()
+        full = self.full
         start, events = self._source.stop()
         owners = self._owners
         return Recording(
@@ -100,8 +111,23 @@ class Session:
             optimizers=owners.optimizer_names(),
             own=owners.own,
             duplicates=owners.duplicates,
-            notes=owners.notes,
+            notes=[*owners.notes, *self._notes(full)],
         )
+
+    def _notes(self, full: bool) -> list[str]:
+        compiled = compiled_note(self._module)
+        notes = [] if compiled is None else [compiled]
+        if full:
+            steps = f"{self.counted_steps} step" + ("s" if self.counted_steps != 1 else "")
+            notes.append(f"The recording ended after {steps}, when max_events={self._max_events} was reached.")
+        if self._owners.dropped:
+            notes.append(
+                f"Of {self._owners.dropped} saved tensors and runs of modules after max_events={self._max_events} "
+                "nothing was kept: their memory has no name here."
+            )
+        if self._source.overflowed:
+            notes.append("The allocator's history was too short for the recorded steps, and its oldest part is lost.")
+        return notes
 
     def abort(self) -> None:
         """Switch off and forget. Does nothing where nothing is on."""

@@ -19,6 +19,8 @@ import torch
 from .cuda_trace import parse_segments, parse_trace, workspace_bytes
 from .recording import Event
 
+MAX_EVENTS = 2_000_000
+
 
 class Source(Protocol):
     """Tells what an allocator did between `start` and `stop`."""
@@ -32,7 +34,14 @@ class Source(Protocol):
     workspace_bytes: list[int]
     """Sizes of the workspaces that libraries allocate from it once and keep."""
 
+    overflowed: bool
+    """After `stop`: whether there were more events than could be kept, so that the oldest are lost."""
+
     def start(self) -> None: ...
+    def event_count(self) -> int | None:
+        """How many events there are since `start`. None where that is known only afterwards."""
+        ...
+
     def stop(self) -> tuple[list[Event], list[Event]]:
         """End the recording: the blocks alive when it began, and the events since."""
         ...
@@ -49,12 +58,12 @@ class Source(Protocol):
     def reserved_bytes(self) -> int | None: ...
 
 
-def source_for(device: torch.device) -> Source:
-    """The source of events for `device`. Raises ValueError for a device that has none."""
+def source_for(device: torch.device, max_events: int = MAX_EVENTS) -> Source:
+    """The source of events for `device`, which has room for `max_events`. Raises ValueError where there is none."""
     if device.type == "cpu":
         return CPUSource()
     if device.type == "cuda":
-        return CUDASource(device)
+        return CUDASource(device, max_events)
     raise ValueError(
         f"The memory of device {str(device)!r} cannot be recorded: only 'cpu' and 'cuda' tell of their allocations. "
         "Leave the profiler out on this device."
@@ -69,6 +78,7 @@ class CPUSource:
 
     def __init__(self) -> None:
         self.workspace_bytes: list[int] = []
+        self.overflowed = False
         self._profile: torch.profiler.profile | None = None
 
     def start(self) -> None:
@@ -100,6 +110,9 @@ class CPUSource:
         assert profile.profiler is not None
         assert profile.profiler.kineto_results is not None
         return [], cpu_events(profile.profiler.kineto_results.experimental_event_tree())
+
+    def event_count(self) -> int | None:
+        return None
 
     def abort(self) -> None:
         profile, self._profile = self._profile, None
@@ -139,9 +152,8 @@ class CUDASource:
 
     lists_live_blocks = True
     clock_error_ns = 2_000  # the history is stamped in whole microseconds
-    max_entries = 2_000_000
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, max_events: int = MAX_EVENTS) -> None:
         backend = torch.cuda.memory.get_allocator_backend()
         if backend != "native":
             raise ValueError(
@@ -150,7 +162,12 @@ class CUDASource:
             )
         self._device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
         self.workspace_bytes = workspace_bytes(os.environ)
+        # An allocation and its two frees are three entries, and when the history is full, the oldest are overwritten: a
+        # recording stops at the end of the step in which it reaches `max_events`, so there is room for that step.
+        self.max_entries = 2 * max_events
         self._segments: list[dict[str, Any]] = []
+        self._events_before = 0
+        self.overflowed = False
         self._started = False
         self._was_on = False
         self._since_ns = 0
@@ -167,6 +184,14 @@ class CUDASource:
         segments = torch.cuda.memory.memory_snapshot(include_traces=False)
         self._segments = [segment for segment in segments if segment["device"] == self._device.index]
         self._since_ns = time.time_ns()
+        self._events_before = self._all_events()
+
+    def event_count(self) -> int | None:
+        return self._all_events() - self._events_before
+
+    def _all_events(self) -> int:
+        stats = torch.cuda.memory_stats(self._device)
+        return int(stats.get("allocation.all.allocated", 0) + 2 * stats.get("allocation.all.freed", 0))
 
     def stop(self) -> tuple[list[Event], list[Event]]:
         if not self._started:
@@ -176,6 +201,7 @@ class CUDASource:
         finally:
             self.abort()
         trace = snapshot["device_traces"][self._device.index]
+        self.overflowed = len(trace) >= self.max_entries and not self._was_on
         start = parse_segments(self._segments)
         events = parse_trace(trace, self._segments, snapshot.get("allocator_settings", {}), self._since_ns)
         self._segments = []

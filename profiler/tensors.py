@@ -35,3 +35,8 @@ def tensors_in(item: Any, depth: int = 8) -> Iterator[torch.Tensor]:
     elif hasattr(item, "__dict__"):
         for value in vars(item).values():
             yield from tensors_in(value, depth - 1)
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """How often the tensor was written to in place; -1 for one of inference mode, which does not count."""
+    return -1 if tensor.is_inference() else tensor._version
