@@ -15,7 +15,7 @@ An owner that knows more has a method `memory_categories()`: an optimizer, or an
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -154,6 +154,11 @@ class Owners:
     def kept(self) -> int:
         """How many claims and marks are kept."""
         return len(self.claims) + len(self.modules)
+
+    @property
+    def addresses(self) -> Container[int]:
+        """Of the storages that were owned when last looked at."""
+        return self._watched
 
     def _parts_here(self, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         """The plain tensors that hold `tensor`'s data, as far as they have memory on this device."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from .figures import AllocatorHealth
 from .modules import compiled_note
 from .owners import Owners, now_ns
 from .recording import Recording, Window
@@ -37,6 +38,7 @@ class Session:
         self._counted = True
         self._windows: list[Window] = []
         self._reserved_bytes: int | None = None
+        self._health: AllocatorHealth | None = None
         self.active = False
 
     def start(self) -> None:
@@ -74,6 +76,7 @@ class Session:
         self._owners.end_step()
         if self._counted:
             self._windows.append(Window(opened_ns, closed_ns, peak_bytes))
+            self._health = self._source.health(self._owners.addresses)
             self._reserved_bytes = max(filter(None, (self._reserved_bytes, reserved_bytes)), default=None)
 
     @property
@@ -109,6 +112,7 @@ class Session:
             claims_make_blocks=not self._source.lists_live_blocks,
             forwards=owners.forwards.by_path(),
             optimizers=owners.optimizer_names(),
+            health=self._health,
             own=owners.own,
             duplicates=owners.duplicates,
             notes=[*owners.notes, *self._notes(full)],
