@@ -97,15 +97,28 @@ def replay(recording: Recording, timeline_points: int = 400) -> Ledger:
         recording: what was seen. Events need not be sorted; of equal times the given order holds.
         timeline_points: into how many stretches of equal length the counted time is cut; of each, the highest moment
             is kept, so the peak is always among them.
+
+    Where the recording ended because memory ran out, the peak is what was live then, and the phase that ran ends there:
+    what was born in it and has no owner is a temporary, as far as can be known.
     """
     older_frees = [Event(gone.time_ns, gone.address, 0, _OLDER_ONLY) for gone in recording.gone]
     events = sorted([*recording.events, *older_frees], key=itemgetter(0))
     phases = sorted(recording.phases, key=itemgetter(0))
+    failed_ns = recording.failed_ns
+    if failed_ns is not None:  # after it, memory was only freed, on the exception's way out
+        events = [event for event in events if event.time_ns <= failed_ns]
+        phases = [mark for mark in phases if mark.time_ns <= failed_ns]
     blocks = _blocks(recording.start, events, phases)
     for own in recording.own:
         blocks = [block for block in blocks if not _within(block, own, recording.clock_error_ns)]
+    if failed_ns is not None:
+        for block in blocks:
+            if block.freed == _NEVER:
+                block.freed_phase = len(phases) - 1
     _assign(recording, blocks, events, phases)
     ledger = _sweep(recording.windows, events, phases, blocks, timeline_points)
+    if failed_ns is not None:
+        ledger.peak = _at_the_end(blocks, len(events))
     ledger.phase_names = [mark.name or OUTSIDE for mark in phases]
     return ledger
 
@@ -254,6 +267,14 @@ class _Sweep:
         highest = self.moments.get(bucket)
         if highest is None or self.total > highest[0]:
             self.moments[bucket] = (self.total, Moment(time_ns, self.phase, dict(self.totals)))
+
+
+def _at_the_end(blocks: list[Block], events: int) -> Peak:
+    totals = _Sweep(0, 0, 1)
+    for block in blocks:
+        if block.freed == _NEVER:
+            totals.add(block, 1)
+    return Peak(totals.total, totals.totals, events)
 
 
 def _sweep(windows: list[Window], events: list[Event], phases: list[Mark], blocks: list[Block], points: int) -> Ledger:

@@ -8,9 +8,12 @@ import torch
 
 from .figures import AllocatorHealth
 from .modules import compiled_note
+from .out_of_memory import observe_failed_requests
 from .owners import Owners, now_ns
 from .recording import Recording, Window
 from .sources import MAX_EVENTS, Source, source_for
+
+_OVERFLOWED = "The allocator's history was too short for the recorded steps, and its oldest part is lost."
 
 
 class Session:
@@ -28,12 +31,15 @@ class Session:
         witnesses: Iterable[Any] = (),
         device: torch.device | None = None,
         max_events: int = MAX_EVENTS,
+        find_duplicates: bool = True,
     ) -> None:
         self.device = device if device is not None else device_of(module)
         self._module = module
         self._max_events = max_events
         self._source: Source = source_for(self.device, max_events)
-        self._owners = Owners(module, optimizers, self.device, witnesses, max_claims=max_events, find_duplicates=True)
+        self._owners = Owners(
+            module, optimizers, self.device, witnesses, max_claims=max_events, find_duplicates=find_duplicates
+        )
         self._opened_ns: int | None = None
         self._counted = True
         self._windows: list[Window] = []
@@ -41,7 +47,14 @@ class Session:
         self._health: AllocatorHealth | None = None
         self.active = False
 
+    @property
+    def follows_warmup(self) -> bool:
+        """Whether every step of warming up is worth a session of its own."""
+        return self._source.follows_warmup
+
     def start(self) -> None:
+        if self.device.type == "cuda":
+            observe_failed_requests()
         self._source.start()
         self.active = True
 
@@ -91,11 +104,47 @@ class Session:
 
     def finish(self) -> Recording:
         """Switch off and give what was recorded."""
-        self.active = False
-        self._owners.remove()
         full = self.full
-        start, events = self._source.stop()
+        return self._recording(self._windows, self._notes(full))
+
+    def fail(self) -> Recording:
+        """Memory ran out: switch off and give what was recorded up to then. The step that failed is the one counted."""
+        self._owners.claim_lasting()
+        failed_ns = now_ns()
+        opened_ns = self._opened_ns if self._opened_ns is not None else failed_ns
+        recording = self._recording([], self._notes(False))
+        if self._source.failure is not None and self._source.failure[0] > opened_ns:
+            failed_ns = self._source.failure[0]
+        recording.windows = [Window(opened_ns, failed_ns, None)]
+        recording.failed_ns = failed_ns
+        return recording
+
+    @property
+    def failed_request_bytes(self) -> int | None:
+        """After `fail`: what was asked for when memory ran out, where the allocator's history tells."""
+        return self._source.failure[1] if self._source.failure is not None else None
+
+    def what_is_live(self) -> Recording:
+        """Instead of a recording: what is live now. Nothing needs to be on, and nothing is afterwards."""
+        opened_ns = now_ns()
+        self._owners.begin_step()
+        start = self._source.live_blocks()
+        recording = self._recording([], self._notes(False))
+        recording.start, recording.phases = start, []
+        recording.failed_ns = now_ns()
+        recording.windows = [Window(opened_ns, recording.failed_ns, None)]
+        recording.notes.append(
+            "Nothing was being recorded when the memory ran out, so that only weights, gradients, masters, optimizer "
+            "state and buffers have their names."
+        )
+        return recording
+
+    def _recording(self, windows: list[Window], notes: list[str]) -> Recording:
+        self.active = False
+        self._opened_ns = None
         owners = self._owners
+        owners.remove()
+        start, events = self._source.stop()
         return Recording(
             device=str(self.device),
             parameters=owners.parameter_count(),
@@ -105,7 +154,7 @@ class Session:
             phases=owners.phases,
             modules=owners.modules,
             gone=[] if self._source.lists_live_blocks else owners.gone,
-            windows=self._windows,
+            windows=windows,
             reserved_bytes=self._reserved_bytes,
             workspace_bytes=self._source.workspace_bytes,
             clock_error_ns=self._source.clock_error_ns,
@@ -115,7 +164,7 @@ class Session:
             health=self._health,
             own=owners.own,
             duplicates=owners.duplicates,
-            notes=[*owners.notes, *self._notes(full)],
+            notes=[*owners.notes, *notes, *([_OVERFLOWED] if self._source.overflowed else [])],
         )
 
     def _notes(self, full: bool) -> list[str]:
@@ -129,8 +178,6 @@ class Session:
                 f"Of {self._owners.dropped} saved tensors and runs of modules after max_events={self._max_events} "
                 "nothing was kept: their memory has no name here."
             )
-        if self._source.overflowed:
-            notes.append("The allocator's history was too short for the recorded steps, and its oldest part is lost.")
         return notes
 
     def abort(self) -> None:

@@ -2,13 +2,14 @@
 
 import json
 import sys
+from contextlib import suppress
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_mpt.profiler import Category, MemoryProfiler, MemoryReport
 
@@ -262,3 +263,26 @@ def test_bf16_halves_what_arithmetic_says(tmp_path: Any) -> None:
 def test_wrong_counts_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MemoryProfiler(**options)
+
+
+def test_the_end_of_data_of_unknown_length_ends_no_recording(tmp_path: Any) -> None:
+    """Lightning tells of the end while it fetches, by an exception that is none."""
+
+    class Stream(IterableDataset):
+        def __iter__(self) -> Any:
+            return iter([(torch.ones(32, 64), torch.zeros(32, dtype=torch.long))] * 2)
+
+    profiler = MemoryProfiler(warmup_steps=1, steps=4)
+    trainer(profiler, tmp_path, max_epochs=4).fit(Classifier(), DataLoader(Stream(), batch_size=None))
+    assert profiler.report.steps == 4
+
+
+def test_an_exception_that_is_caught_before_the_recording_does_not_prevent_it(tmp_path: Any) -> None:
+    class Catching(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            if batch_idx == 0:
+                with suppress(KeyError), self.trainer.profiler.profile("mine"):
+                    raise KeyError("no matter")
+            return super().training_step(batch, batch_idx)
+
+    assert fit(Catching(), tmp_path).profiler.report.steps == 3
