@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from .ledger import BACKWARD, CLIP, OPTIMIZER_STEP
 from .out_of_memory import explain, is_out_of_memory
+from .ranks import worst
 from .recorder import check_bounds
 from .report import MemoryReport
 from .schedule import Schedule
@@ -28,12 +29,15 @@ _BATCH = "run_training_batch"
 _BACKWARD = ".backward"
 _CLIP = ".configure_gradient_clipping"
 _VALIDATION = ".on_validation_start"
+_END = ".on_train_end"
 
 
 class MemoryProfiler(Profiler):
     """Records where memory goes in a few training steps, prints the table when `fit` ends, and keeps it as JSON.
 
-    `Trainer(profiler=MemoryProfiler())`; afterwards `trainer.profiler.report` is a `MemoryReport`.
+    `Trainer(profiler=MemoryProfiler())`; afterwards `trainer.profiler.report` is a `MemoryReport`. The loggers get
+    `mpt/peak_bytes` and, for every category, `mpt/peak_CATEGORY_bytes`. Of several processes each keeps its own report,
+    and the first prints the one with the highest peak.
 
     Args:
         dirpath: folder for the report; by default the logger's, else the Trainer's `default_root_dir`.
@@ -120,6 +124,8 @@ class MemoryProfiler(Profiler):
                 self._finish()
             else:
                 self._switch_off()
+        elif action_name.endswith(_END):
+            self._finish()  # now, while there are loggers: they are done before `describe` is called
 
     @override
     def stop(self, action_name: str) -> None:
@@ -152,8 +158,11 @@ class MemoryProfiler(Profiler):
             self._finish()
             if self._report is not None:
                 self._report.save(json_path(self._report_path()))
-                if not self._local_rank:
-                    self._report.print()
+            rank, report = worst(self._report)
+            if report is not None and self._trainer().is_global_zero:
+                if self._trainer().world_size > 1:
+                    print(f"Of {self._trainer().world_size} processes, that of rank {rank} has the highest peak:")
+                report.print()
         self.teardown(self._stage)
 
     @override
@@ -202,6 +211,17 @@ class MemoryProfiler(Profiler):
         if self.save_trace is not None:
             recording.save(json_path(self.save_trace))
         self._report = MemoryReport.from_recording(recording)
+        self._log(self._report)
+
+    def _log(self, report: MemoryReport) -> None:
+        """The peak and what it is made of, to the Trainer's loggers."""
+        trainer = self._trainer()
+        if not trainer.is_global_zero:
+            return
+        metrics = {f"mpt/peak_{category}_bytes": float(size) for category, size in report.categories.items()}
+        metrics["mpt/peak_bytes"] = float(report.peak_bytes)
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
 
     def _fail(self, error: BaseException) -> None:
         """An exception passes through: show what was live if memory ran out, and let it go on."""
@@ -237,7 +257,7 @@ class MemoryProfiler(Profiler):
 
     def _report_path(self, kind: str = "") -> Path:
         folder = self.dirpath or self._trainer().default_root_dir
-        rank = f"-{self._local_rank}" if self._local_rank else ""
+        rank = f"-{self._trainer().global_rank}" if self._trainer().global_rank else ""
         return Path(folder) / f"{self.filename or 'memory_report'}{kind}{rank}.json"
 
 

@@ -286,3 +286,31 @@ def test_an_exception_that_is_caught_before_the_recording_does_not_prevent_it(tm
             return super().training_step(batch, batch_idx)
 
     assert fit(Catching(), tmp_path).profiler.report.steps == 3
+
+
+class Noting(L.pytorch.loggers.Logger):
+    name, version = "noting", 0
+
+    def __init__(self) -> None:
+        self.noted: list[tuple[dict[str, float], int | None]] = []
+        self.done = False
+
+    def log_hyperparams(self, *_: Any) -> None: ...
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        assert not self.done
+        if "mpt/peak_bytes" in metrics:
+            self.noted.append((metrics, step))
+
+    def finalize(self, status: str) -> None:
+        self.done = True
+
+
+@pytest.mark.parametrize(("max_steps", "step"), [(8, 5), (4, 4)], ids=["while training", "at its end"])
+def test_loggers_get_the_peak_and_its_parts(max_steps: int, step: int, tmp_path: Any) -> None:
+    loggers = [Noting(), Noting()]
+    built = trainer(MemoryProfiler(), tmp_path, logger=loggers, max_steps=max_steps)
+    built.fit(Classifier(), data())
+    expected = {f"mpt/peak_{category}_bytes": size for category, size in built.profiler.report.categories.items()}
+    expected["mpt/peak_bytes"] = built.profiler.report.peak_bytes
+    assert loggers[0].noted == loggers[1].noted == [(expected, step)]
