@@ -5,10 +5,14 @@ from typing import Any
 
 import torch
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
 
 def parts_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The plain strided tensors that hold a tensor's data: several for a sparse one or a wrapper (DTensor)."""
-    if tensor.layout in (torch.sparse_coo,):
+    if type(tensor) in _PLAIN and tensor.layout is torch.strided:  # nearly always: asked of every saved tensor
+        yield tensor
+    elif tensor.layout in (torch.sparse_coo,):
         yield from (tensor._indices(), tensor._values())
     elif tensor.layout is not torch.strided:
         return
