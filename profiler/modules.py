@@ -1,11 +1,14 @@
 """Which modules Python sees run, and how long each of them took."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 
 from .figures import ModuleForward
 from .tensors import parts_of, tensors_in
+
+Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 OUTPUT_DEPTH = 3
 """How deep outputs are searched for tensors: a tensor in a list in a dictionary is found."""
@@ -53,12 +56,15 @@ def hookable(root: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
             yield path, module
 
 
-def compiles(root: torch.nn.Module) -> bool:
-    """Whether torch.compile is at work: it would trace, and compile, what autograd calls while a compiled module runs.
+def untracer(root: torch.nn.Module) -> Callable[[Hook], Hook]:
+    """What to put round the hooks that autograd calls, so that torch.compile does not trace and compile them.
 
-    A compiled function that is no module is known by what was compiled before.
+    It would do so with those called while a compiled module runs. Where nothing is compiled the hooks stay as they are:
+    putting something round costs a microsecond a call. A compiled function that is no module is known by what was
+    compiled before.
     """
-    return bool(_compiled(root)) or bool(torch._dynamo.utils.counters["frames"]["total"])
+    compiles = bool(_compiled(root)) or bool(torch._dynamo.utils.counters["frames"]["total"])
+    return torch._dynamo.disable if compiles else _as_it_is
 
 
 def compiled_note(root: torch.nn.Module) -> str | None:
@@ -78,3 +84,7 @@ def _compiled(root: torch.nn.Module) -> list[str]:
         for path, module in root.named_modules()
         if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
     ]
+
+
+def _as_it_is(hook: Hook) -> Hook:
+    return hook

@@ -96,13 +96,12 @@ def _print(report: MemoryReport, phase: str, request_bytes: int | None) -> None:
 
     console = Console(stderr=True, highlight=False, markup=False)
     where = f"{report.device}, in {phase.replace('_', ' ')}" if phase else report.device
-    asked = format_bytes(request_bytes) if request_bytes is not None else "More"
+    asked = f"{format_bytes(request_bytes)} more" if request_bytes is not None else "more"
     live = format_bytes(report.peak_bytes)
-    console.print(f"Out of memory on {where}: {asked} was asked for, beside what was live, {live}:", style="bold red")
+    console.print(f"Out of memory on {where}: {asked} was asked for, and this was live, {live}:", style="bold red")
     print_report(report, console)
     for advice in _advice(report, request_bytes):
-        saving = f" ({format_bytes(advice.saves_bytes)})" if advice.saves_bytes is not None else ""
-        console.print(f"- {advice.text}{saving}")
+        console.print(f"- {advice.text}")
 
 
 def _advice(report: MemoryReport, request_bytes: int | None) -> tuple[Any, ...]:

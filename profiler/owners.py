@@ -15,7 +15,7 @@ An owner that knows more has a method `memory_categories()`: an optimizer, or an
 """
 
 import time
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from .category import Category
 from .duplicates import DuplicateFinder
 from .figures import Duplicate
 from .ledger import BACKWARD, CLIP, FORWARD, OPTIMIZER_STEP, OUTSIDE
-from .modules import ModuleForwards, compiles, hookable
+from .modules import ModuleForwards, hookable, untracer
 from .recording import Claim, Gone, Interval, Mark
 from .tensors import parts_of, tensors_in, version_of
 
@@ -100,7 +100,7 @@ class Owners:
                     self._finder.add(part, path)
         # The innermost saved-tensor hooks alone apply, so these must be the outermost: a user's own, or a
         # checkpoint's, stay in force within.
-        untraced = torch._dynamo.disable if compiles(self._module) else _as_it_is
+        untraced = untracer(self._module)
         self._saved_hooks = torch.autograd.graph.saved_tensors_hooks(untraced(self._pack), untraced(self._unpack))
         self._saved_hooks.__enter__()
         for path, module in hookable(self._module):
@@ -389,7 +389,3 @@ class _Run(NamedTuple):
 def in_backward() -> bool:
     """Whether the autograd engine runs, on this thread, a backward pass."""
     return torch._C._current_graph_task_id() != -1
-
-
-def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
-    return function

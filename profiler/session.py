@@ -46,6 +46,8 @@ class Session:
         self._reserved_bytes: int | None = None
         self._health: AllocatorHealth | None = None
         self.active = False
+        self.failed_request_bytes: int | None = None
+        """After `fail`: what was asked for when memory ran out, where the allocator's history tells."""
 
     @property
     def follows_warmup(self) -> bool:
@@ -113,16 +115,12 @@ class Session:
         failed_ns = now_ns()
         opened_ns = self._opened_ns if self._opened_ns is not None else failed_ns
         recording = self._recording([], self._notes(False))
-        if self._source.failure is not None and self._source.failure[0] > opened_ns:
-            failed_ns = self._source.failure[0]
+        if self._source.failure is not None and self._source.failure[0] + 1000 > opened_ns:  # in whole microseconds
+            failed_ns, self.failed_request_bytes = self._source.failure
         recording.windows = [Window(opened_ns, failed_ns, None)]
         recording.failed_ns = failed_ns
+        recording.notes.append("Memory ran out: this is what was live then, which is not the peak of a whole step.")
         return recording
-
-    @property
-    def failed_request_bytes(self) -> int | None:
-        """After `fail`: what was asked for when memory ran out, where the allocator's history tells."""
-        return self._source.failure[1] if self._source.failure is not None else None
 
     def what_is_live(self) -> Recording:
         """Instead of a recording: what is live now. Nothing needs to be on, and nothing is afterwards."""
