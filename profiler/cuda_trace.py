@@ -64,6 +64,14 @@ def parse_trace(
     return events
 
 
+def last_failure(trace: list[dict[str, Any]], since_ns: int = 0) -> tuple[int, int] | None:
+    """When (ns) a request last failed in one device's trace, and how many bytes it asked for; None where none did."""
+    for entry in reversed(trace):
+        if entry["action"] == "oom" and entry["time_us"] * 1000 + 1000 > since_ns:
+            return entry["time_us"] * 1000, entry["size"]
+    return None
+
+
 def round_bytes(size: int, divisions: dict[str, int] | None = None) -> int:
     """The block that the allocator looks for when asked for `size` bytes.
 

@@ -13,11 +13,15 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 
 from .category import PRIORITY, Category
-from .recording import Claim, Event, Mark, Recording, Window
+from .recording import Claim, Event, Interval, Mark, Recording, Window
 
 FORWARD = "forward"
 BACKWARD = "backward"
+CLIP = "clip"
+"""Between backward and the optimizer's step, where gradients are clipped."""
 OPTIMIZER_STEP = "optimizer_step"
+PHASES = (FORWARD, BACKWARD, CLIP, OPTIMIZER_STEP)
+"""In the order of a step."""
 OUTSIDE = ""
 """The phase between steps: what happens there is followed, but belongs to no step and to no peak."""
 
@@ -93,13 +97,28 @@ def replay(recording: Recording, timeline_points: int = 400) -> Ledger:
         recording: what was seen. Events need not be sorted; of equal times the given order holds.
         timeline_points: into how many stretches of equal length the counted time is cut; of each, the highest moment
             is kept, so the peak is always among them.
+
+    Where the recording ended because memory ran out, the peak is what was live then, and the phase that ran ends there:
+    what was born in it and has no owner is a temporary, as far as can be known.
     """
     older_frees = [Event(gone.time_ns, gone.address, 0, _OLDER_ONLY) for gone in recording.gone]
     events = sorted([*recording.events, *older_frees], key=itemgetter(0))
     phases = sorted(recording.phases, key=itemgetter(0))
+    failed_ns = recording.failed_ns
+    if failed_ns is not None:  # after it, memory was only freed, on the exception's way out
+        events = [event for event in events if event.time_ns <= failed_ns]
+        phases = [mark for mark in phases if mark.time_ns <= failed_ns]
     blocks = _blocks(recording.start, events, phases)
+    for own in recording.own:
+        blocks = [block for block in blocks if not _within(block, own, recording.clock_error_ns)]
+    if failed_ns is not None:
+        for block in blocks:
+            if block.freed == _NEVER:
+                block.freed_phase = len(phases) - 1
     _assign(recording, blocks, events, phases)
     ledger = _sweep(recording.windows, events, phases, blocks, timeline_points)
+    if failed_ns is not None:
+        ledger.peak = _at_the_end(blocks, len(events))
     ledger.phase_names = [mark.name or OUTSIDE for mark in phases]
     return ledger
 
@@ -120,6 +139,11 @@ def _blocks(start: list[Event], events: list[Event], phases: list[Mark]) -> list
             live[address] = block = Block(address, size, requested, index, time_ns, phase - 1)
             blocks.append(block)
     return blocks
+
+
+def _within(block: Block, own: Interval, error_ns: int) -> bool:
+    """Whether the block was born and freed while the profiler itself worked."""
+    return own.start_ns - error_ns <= block.born_ns and block.freed_ns <= own.end_ns + error_ns
 
 
 def _assign(recording: Recording, blocks: list[Block], events: list[Event], phases: list[Mark]) -> None:
@@ -165,7 +189,11 @@ def _within_a_phase(block: Block, phases: list[Mark]) -> bool:
         return False
     since_ns = phases[block.freed_phase].since_ns if block.freed_phase >= 0 else None
     late = since_ns is not None and block.born_ns >= since_ns
-    return block.freed_phase == block.born_phase or (late and block.freed_phase == block.born_phase + 1)
+    if block.freed_phase == block.born_phase or (late and block.freed_phase == block.born_phase + 1):
+        return True
+    # What is between backward and the next forward pass is the step on the gradients: clipping is a part of it.
+    passed = range(block.born_phase, block.freed_phase + 1)
+    return block.born_phase >= 0 and all(phases[index].name in (CLIP, OPTIMIZER_STEP) for index in passed)
 
 
 def _alive(blocks: list[Block], time_ns: int, error_ns: int) -> Block | None:
@@ -241,6 +269,14 @@ class _Sweep:
             self.moments[bucket] = (self.total, Moment(time_ns, self.phase, dict(self.totals)))
 
 
+def _at_the_end(blocks: list[Block], events: int) -> Peak:
+    totals = _Sweep(0, 0, 1)
+    for block in blocks:
+        if block.freed == _NEVER:
+            totals.add(block, 1)
+    return Peak(totals.total, totals.totals, events)
+
+
 def _sweep(windows: list[Window], events: list[Event], phases: list[Mark], blocks: list[Block], points: int) -> Ledger:
     """Walk through the events once more, now that every block has its category."""
     births = sorted(blocks, key=lambda block: block.born)
@@ -275,6 +311,6 @@ def _sweep(windows: list[Window], events: list[Event], phases: list[Mark], block
         if counted and sweep.phase != OUTSIDE and index < len(events):
             sweep.observe(index, time_ns)
     timeline = [moment for _, (_, moment) in sorted(sweep.moments.items())]
-    order = {FORWARD: 0, BACKWARD: 1, OPTIMIZER_STEP: 2}
-    by_phase = dict(sorted(sweep.phases.items(), key=lambda item: order.get(item[0], 3)))
+    order = {name: rank for rank, name in enumerate(PHASES)}
+    by_phase = dict(sorted(sweep.phases.items(), key=lambda item: order.get(item[0], len(order))))
     return Ledger(blocks, sweep.peak, by_phase, timeline)

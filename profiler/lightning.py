@@ -6,38 +6,54 @@ Lightning tears nothing down.
 """
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.profilers import Profiler
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
-from .recorder import check_steps
-from .recording import Recording
+from .ledger import BACKWARD, CLIP, OPTIMIZER_STEP
+from .out_of_memory import explain, is_out_of_memory
+from .ranks import worst
+from .recorder import check_bounds
 from .report import MemoryReport
+from .schedule import Schedule
 from .session import Session, json_path
+from .sources import MAX_EVENTS
 
 _FETCH = ".train_dataloader_next"
 _BATCH = "run_training_batch"
 _BACKWARD = ".backward"
+_CLIP = ".configure_gradient_clipping"
 _VALIDATION = ".on_validation_start"
+_END = ".on_train_end"
 
 
 class MemoryProfiler(Profiler):
     """Records where memory goes in a few training steps, prints the table when `fit` ends, and keeps it as JSON.
 
-    `Trainer(profiler=MemoryProfiler())`; afterwards `trainer.profiler.report` is a `MemoryReport`.
+    `Trainer(profiler=MemoryProfiler())`; afterwards `trainer.profiler.report` is a `MemoryReport`. The loggers get
+    `mpt/peak_bytes` and, for every category, `mpt/peak_CATEGORY_bytes`. Of several processes each keeps its own report,
+    and the first prints the one with the highest peak.
 
     Args:
         dirpath: folder for the report; by default the logger's, else the Trainer's `default_root_dir`.
         filename: its name without `.json`; by default `memory_report`. Processes of a rank above 0 add `-RANK`.
         warmup_steps: batches to let pass first, so that optimizer state and library workspaces exist.
         steps: how many batches to record. Before and after them nothing is on, and nothing is slower.
+        max_events: stop recording at the end of the step in which so many events and owners were noted; the report says
+            so. On CPU, where the events are known only afterwards, the owners alone are counted: saved tensors,
+            gradients, state, and runs of modules.
         save_trace: where to keep the recorded events as JSON, for `MemoryReport.from_trace`.
 
+    Where fit runs out of memory, what was live then is printed, kept as `out_of_memory_report`, and written beside the
+    report, before the exception goes on.
+
     Raises:
-        ValueError: for step counts out of range, and at the first recorded step for a device that tells nothing of its
+        ValueError: for counts out of range, and at the first recorded step for a device that tells nothing of its
             allocations.
     """
 
@@ -48,23 +64,25 @@ class MemoryProfiler(Profiler):
         *,
         warmup_steps: int = 2,
         steps: int = 3,
+        max_events: int = MAX_EVENTS,
         save_trace: str | Path | None = None,
     ) -> None:
         super().__init__(dirpath=dirpath, filename=filename)  # before anything can fail: __del__ needs it
-        check_steps(warmup_steps, steps)
+        check_bounds(warmup_steps, steps, max_events)
         self.warmup_steps = warmup_steps
         self.steps = steps
+        self.max_events = max_events
         self.save_trace = save_trace
         self._lightning_module: pl.LightningModule | None = None  # the Trainer sets it
-        self._session: Session | None = None
-        self._recording: Recording | None = None
+        self._schedule: Schedule | None = None  # during fit, until the report is there
         self._report: MemoryReport | None = None
         self._callback = _BatchWitness(self)
-        self._passed = 0
-        self._done = True
+        self.out_of_memory_report: MemoryReport | None = None
+        """What was live when memory ran out, if it did in the last fit."""
         self._printed = True
         self._why_none = "fit has not run with this profiler"
         self._handled: BaseException | None = None
+        self._ran_out = False
 
     @property
     def report(self) -> MemoryReport:
@@ -80,40 +98,49 @@ class MemoryProfiler(Profiler):
         super().setup(stage, local_rank, log_dir)
         if stage == "fit":
             self._abort()
-            self._report, self._passed, self._done, self._printed = None, 0, False, False
+            self._report, self.out_of_memory_report, self._printed = None, None, False
+            self._schedule = Schedule(self._make_session, self.warmup_steps, self.steps)
+            self._handled, self._ran_out = sys.exc_info()[1], False
             self._why_none = (
                 f"fit ended after too few batches: it needs warmup_steps={self.warmup_steps} and at least one more"
             )
 
     @override
     def start(self, action_name: str) -> None:
-        if self._done:
+        if self._schedule is None:
             return
         if action_name.endswith(_FETCH):
             self._begin_step()
-        elif self._session is None:
+        elif self._schedule.session is None:
             return
         elif action_name.endswith(_BACKWARD) and action_name.startswith("[Strategy]"):
-            self._session.begin_backward()
+            self._schedule.session.begin_phase(BACKWARD)
+        elif action_name.endswith(_CLIP) and self._clips():
+            self._schedule.session.begin_phase(CLIP)
         elif action_name.endswith(_VALIDATION):
             # A validation epoch can be long, and every event of it would be kept. What was counted is enough; where
             # nothing has, the next training step begins anew.
-            self._finish()
-            self._done = self._report is not None
+            if self._schedule.session.counted_steps:
+                self._finish()
+            else:
+                self._switch_off()
+        elif action_name.endswith(_END):
+            self._finish()  # now, while there are loggers: they are done before `describe` is called
 
     @override
     def stop(self, action_name: str) -> None:
-        if self._session is None:
-            if action_name == _BATCH and not self._done:
-                self._passed += 1
+        # Called in a `finally`: an exception is passing if one is being handled that was not when fit began. That the
+        # data are at their end is none.
+        error = sys.exc_info()[1]
+        if error is not None and error is not self._handled and not isinstance(error, StopIteration):
+            self._fail(error)
+        elif self._schedule is None:
             return
-        # Called in a `finally`: an exception is passing if one is being handled that was not when the step began.
-        if sys.exc_info()[1] is not self._handled:
-            self._abort()
-            self._why_none = f"a training step ended in {sys.exc_info()[0]!r}, and the recording with it"
-            self._done = True
         elif action_name == _BATCH:
-            self._end_step()
+            if self._schedule.end():
+                self._finish()
+        elif action_name.endswith(_CLIP) and self._schedule.session is not None and self._clips():
+            self._schedule.session.begin_phase(OPTIMIZER_STEP)
 
     @override
     def summary(self) -> str:
@@ -131,78 +158,107 @@ class MemoryProfiler(Profiler):
             self._finish()
             if self._report is not None:
                 self._report.save(json_path(self._report_path()))
-                if not self._local_rank:
-                    self._report.print()
+            rank, report = worst(self._report)
+            if report is not None and self._trainer().is_global_zero:
+                if self._trainer().world_size > 1:
+                    print(f"Of {self._trainer().world_size} processes, that of rank {rank} has the highest peak:")
+                report.print()
         self.teardown(self._stage)
 
     @override
     def teardown(self, stage: str | None) -> None:
         # Also called by __del__ of an object that __init__ refused.
-        if getattr(self, "_session", None) is not None:
+        if getattr(self, "_schedule", None) is not None:
             self._abort()
         super().teardown(stage)
 
     # -- recording ----------------------------------------------------------------------------------------------
 
+    def _make_session(self, find_duplicates: bool = False) -> Session:
+        trainer = self._trainer()
+        return Session(
+            trainer.lightning_module,
+            trainer.optimizers,
+            witnesses=[trainer.precision_plugin],
+            device=trainer.strategy.root_device,
+            max_events=self.max_events,
+            find_duplicates=find_duplicates,
+        )
+
+    def _trainer(self) -> pl.Trainer:
+        assert self._lightning_module is not None
+        return self._lightning_module.trainer
+
     def _begin_step(self) -> None:
-        if self._passed < self.warmup_steps - 1:
-            return
-        if self._session is None:
-            assert self._lightning_module is not None
-            trainer = self._lightning_module.trainer
-            self._handled = sys.exc_info()[1]
-            session = Session(
-                trainer.lightning_module,
-                trainer.optimizers,
-                witnesses=[trainer.precision_plugin],
-                device=trainer.strategy.root_device,
-            )
-            session.start()
-            self._session = session
-            _callbacks(trainer).append(self._callback)
-        self._session.open_step(counted=self._passed >= self.warmup_steps)
+        assert self._schedule is not None
+        self._schedule.begin()
+        callbacks = _callbacks(self._trainer())
+        if self._schedule.session is not None and self._callback not in callbacks:
+            callbacks.append(self._callback)
 
-    def _end_step(self) -> None:
-        assert self._session is not None
-        self._passed += 1
-        self._session.close_step()
-        if self._session.counted_steps == self.steps:
-            self._finish()
-
-    def _pause(self) -> None: ...
+    def _clips(self) -> bool:
+        """Whether something is clipped: Lightning asks for it in every step."""
+        trainer = self._trainer()
+        return bool(trainer.gradient_clip_val) or is_overridden("configure_gradient_clipping", trainer.lightning_module)
 
     def _finish(self) -> None:
         """Stop recording and make the report of the steps counted so far, if there are any."""
-        self._done = True
-        session, self._session = self._session, None
-        if session is None:
-            return
+        schedule, self._schedule = self._schedule, None
         self._remove_callback()
-        if not session.counted_steps:
-            session.abort()
+        recording = schedule.finish() if schedule is not None else None
+        if recording is None:
             return
-        recording = session.finish()
         if self.save_trace is not None:
             recording.save(json_path(self.save_trace))
         self._report = MemoryReport.from_recording(recording)
+        self._log(self._report)
+
+    def _log(self, report: MemoryReport) -> None:
+        """The peak and what it is made of, to the Trainer's loggers."""
+        trainer = self._trainer()
+        if not trainer.is_global_zero:
+            return
+        metrics = {f"mpt/peak_{category}_bytes": float(size) for category, size in report.categories.items()}
+        metrics["mpt/peak_bytes"] = float(report.peak_bytes)
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+
+    def _fail(self, error: BaseException) -> None:
+        """An exception passes through: show what was live if memory ran out, and let it go on."""
+        session = self._schedule.session if self._schedule is not None else None
+        if is_out_of_memory(error) and not self._ran_out and self._stage == "fit":
+            self._ran_out = True  # the exception passes through further actions
+            self.out_of_memory_report = report = explain(error, lambda: session or self._make_session())
+            if report is not None:
+                with suppress(OSError):
+                    report.save(json_path(self._report_path("_out_of_memory")))
+        if session is not None:
+            self._abort()
+            self._why_none = f"a training step ended in {type(error)!r}, and the recording with it"
+            if self.out_of_memory_report is not None:
+                self._why_none += "; what was live then is in `out_of_memory_report`"
 
     def _abort(self) -> None:
-        session, self._session = self._session, None
-        if session is not None:
+        schedule, self._schedule = self._schedule, None
+        if schedule is not None:
             self._remove_callback()
-            session.abort()
+            schedule.abort()
+
+    def _switch_off(self) -> None:
+        assert self._schedule is not None
+        self._remove_callback()
+        self._schedule.abort()
 
     def _remove_callback(self) -> None:
-        assert self._lightning_module is not None
-        callbacks = _callbacks(self._lightning_module.trainer)
-        if self._callback in callbacks:
-            callbacks.remove(self._callback)
+        if self._lightning_module is not None:
+            callbacks = _callbacks(self._trainer())
+            if self._callback in callbacks:
+                callbacks.remove(self._callback)
 
-    def _report_path(self) -> Path:
-        assert self._lightning_module is not None
-        folder = self.dirpath or self._lightning_module.trainer.default_root_dir
-        rank = f"-{self._local_rank}" if self._local_rank else ""
-        return Path(folder) / f"{self.filename or 'memory_report'}{rank}.json"
+    def _report_path(self, kind: str = "") -> Path:
+        folder = self.dirpath or self._trainer().default_root_dir
+        rank = f"-{self._trainer().global_rank}" if self._trainer().global_rank else ""
+        return Path(folder) / f"{self.filename or 'memory_report'}{kind}{rank}.json"
 
 
 def _callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
@@ -217,5 +273,6 @@ class _BatchWitness(pl.Callback):
 
     @override
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *_: Any) -> None:
-        if self._profiler._session is not None:
-            self._profiler._session.claim_inputs(batch)
+        schedule = self._profiler._schedule
+        if schedule is not None and schedule.session is not None:
+            schedule.session.claim_inputs(batch)

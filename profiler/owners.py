@@ -15,15 +15,19 @@ An owner that knows more has a method `memory_categories()`: an optimizer, or an
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .category import Category
-from .ledger import BACKWARD, FORWARD, OPTIMIZER_STEP, OUTSIDE
-from .recording import Claim, Gone, Mark
+from .duplicates import DuplicateFinder
+from .figures import Duplicate
+from .ledger import BACKWARD, CLIP, FORWARD, OPTIMIZER_STEP, OUTSIDE
+from .modules import ModuleForwards, hookable, untracer
+from .recording import Claim, Gone, Interval, Mark
+from .tensors import parts_of, tensors_in, version_of
 
 now_ns = time.time_ns
 """The clock of torch.profiler's events and, to its microsecond, of the CUDA allocator's history."""
@@ -37,6 +41,8 @@ class Owners:
         optimizers: the optimizers that step it.
         device: claims are made for storages on this device alone.
         witnesses: further objects with a `memory_categories()` method.
+        max_claims: how many tensors saved for backward, and runs of modules, are noted; the rest is only counted.
+        find_duplicates: look for values saved in two precisions, when the first backward pass with hooks on begins.
     """
 
     def __init__(
@@ -45,6 +51,9 @@ class Owners:
         optimizers: Iterable[torch.optim.Optimizer],
         device: torch.device,
         witnesses: Iterable[Any] = (),
+        *,
+        max_claims: int = 1 << 62,
+        find_duplicates: bool = False,
     ) -> None:
         self._module = module
         self._optimizers = list(optimizers)
@@ -55,17 +64,28 @@ class Owners:
         self._running: list[_Run] = []
         self._phase = OUTSIDE
         self._fresh = False  # no module has run in this phase yet: what the first is given is the batch
+        self._counted = True
         self._told = False  # the autograd engine was asked to say when it is done
         self._watched: dict[int, StorageWeakRef] = {}
         self.claims: list[Claim] = []
         self.phases: list[Mark] = []
         self.modules: list[Mark] = []
         self.gone: list[Gone] = []
+        self.forwards = ModuleForwards()
+        self.duplicates: list[Duplicate] = []
+        self.own: list[Interval] = []
+        self.notes: list[str] = []
+        self.dropped = 0
+        """Notes on saved tensors and running modules that came after `max_claims`."""
+        self._max_claims = max_claims
+        self._finds_duplicates = find_duplicates
+        self._finder: DuplicateFinder | None = None  # within the forward pass that is looked through
 
     # -- a step begins and ends ---------------------------------------------------------------------------------
 
-    def begin_step(self) -> None:
-        """A step begins; its first phase is `forward`."""
+    def begin_step(self, *, counted: bool = True) -> None:
+        """A step begins; its first phase is `forward`. Of one that is not counted, forward passes are not either."""
+        self._counted = counted
         self._name_parameters()
         self.claim_lasting()
         self._told = False
@@ -73,22 +93,31 @@ class Owners:
 
     def install(self) -> None:
         """Put the hooks on."""
+        if self._finds_duplicates:
+            self._finder = DuplicateFinder()
+            for parameter, path in self._paths.items():
+                for part in self._parts_here(parameter):
+                    self._finder.add(part, path)
         # The innermost saved-tensor hooks alone apply, so these must be the outermost: a user's own, or a
         # checkpoint's, stay in force within.
-        self._saved_hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        untraced = untracer(self._module)
+        self._saved_hooks = torch.autograd.graph.saved_tensors_hooks(untraced(self._pack), untraced(self._unpack))
         self._saved_hooks.__enter__()
-        for path, module in _hookable(self._module):
+        for path, module in hookable(self._module):
             self._handles.append(module.register_forward_pre_hook(self._enterer(path), with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._leaver(), always_call=True))
+        gradient = untraced(self._gradient)
         for parameter in self._paths:
             if parameter.requires_grad and parameter.is_leaf:
-                self._handles.append(parameter.register_post_accumulate_grad_hook(self._gradient))
+                self._handles.append(parameter.register_post_accumulate_grad_hook(gradient))
                 # Another hook may use the gradient up and free it: those that were there go to the end. (Autograd reads
                 # the plain dictionary, so OrderedDict.move_to_end would change nothing.)
                 hooks = parameter._post_accumulate_grad_hooks
                 assert hooks is not None
                 for key in list(hooks)[:-1]:
                     hooks[key] = hooks.pop(key)
+        for optimizer in self._optimizers:
+            self._handles.append(optimizer.register_step_pre_hook(self._step_begins))
 
     def end_step(self) -> None:
         """The step is over: what follows is between steps."""
@@ -102,6 +131,7 @@ class Owners:
             joined = self._running.pop().joined
             if joined is not None:
                 joined.__exit__()
+        self._finder = None
         if self._saved_hooks is not None:
             self._saved_hooks.__exit__()
             self._saved_hooks = None
@@ -112,23 +142,38 @@ class Owners:
 
     def claim(self, category: Category, tensor: torch.Tensor, module: str | None, *, watch: bool = False) -> None:
         """`tensor`'s storage belongs to `category` and to the module at path `module` (None: to no module)."""
-        for part in _parts(tensor):
+        for part in self._parts_here(tensor):
             storage = part.untyped_storage()
-            if part.device.type != self._device.type or storage.nbytes() == 0:
-                continue
-            if self._device.index is not None and part.device.index != self._device.index:
-                continue
             address = storage.data_ptr()
-            if address == 0:  # fake, meta, or freed by resizing, as FSDP does
-                continue
             dtype = str(part.dtype).removeprefix("torch.")
             self.claims.append(Claim(now_ns(), address, storage.nbytes(), category, module, tuple(part.shape), dtype))
             if watch and address not in self._watched:
                 self._watched[address] = StorageWeakRef(storage)
 
+    @property
+    def kept(self) -> int:
+        """How many claims and marks are kept."""
+        return len(self.claims) + len(self.modules)
+
+    @property
+    def addresses(self) -> Container[int]:
+        """Of the storages that were owned when last looked at."""
+        return self._watched
+
+    def _parts_here(self, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The plain tensors that hold `tensor`'s data, as far as they have memory on this device."""
+        for part in parts_of(tensor):
+            if part.device.type != self._device.type:
+                continue
+            if self._device.index is not None and part.device.index != self._device.index:
+                continue
+            storage = part.untyped_storage()
+            if storage.nbytes() and storage.data_ptr():  # no address: fake, meta, or freed by resizing, as FSDP does
+                yield part
+
     def claim_inputs(self, batch: Any) -> None:
         """Every tensor in `batch`, whatever it is nested in, is an input."""
-        for tensor in _tensors_in(batch):
+        for tensor in tensors_in(batch):
             if not tensor.requires_grad:
                 self.claim(Category.INPUTS, tensor, "", watch=True)
 
@@ -147,7 +192,7 @@ class Owners:
         for optimizer in self._optimizers:
             for key, state in optimizer.state.items():
                 path = self._paths.get(key) if isinstance(key, torch.nn.Parameter) else None
-                for tensor in _tensors_in(state):
+                for tensor in tensors_in(state):
                     self.claim(Category.OPTIMIZER_STATE, tensor, path, watch=True)
 
     def _claim_testimony(self, witness: Any) -> None:
@@ -175,6 +220,10 @@ class Owners:
         self._name_parameters()
         return sum(parameter.numel() for parameter in self._paths)
 
+    def optimizer_names(self) -> list[str]:
+        """The optimizers' classes; of one that is wrapped, as Lightning's Fabric does, the class inside."""
+        return [type(getattr(optimizer, "optimizer", optimizer)).__name__ for optimizer in self._optimizers]
+
     def _look_for_gone(self) -> None:
         """Note which of the watched storages have died since the last look."""
         for address, storage in list(self._watched.items()):
@@ -190,10 +239,13 @@ class Owners:
         self._fresh = phase == FORWARD
         self.phases.append(Mark(now_ns(), phase, since_ns))
 
-    def begin_backward(self) -> None:
-        """Backward begins now."""
-        self._enter(BACKWARD)
-        self.modules.append(Mark(now_ns(), None))
+    def begin_phase(self, name: str) -> None:
+        """The phase `name` begins now."""
+        if name == BACKWARD:
+            self._compare_saved()
+            self.modules.append(Mark(now_ns(), None))
+        if name != self._phase:
+            self._enter(name)
 
     def _in_backward(self) -> None:
         """Something happened that happens in backward only."""
@@ -201,11 +253,16 @@ class Owners:
             # The first sign of backward comes a little late: the gradient of a mean is made before anything saved is
             # looked at. It began at some time since the last sign of forward.
             signs: list[Mark | Claim] = [self.phases[-1], *self.modules[-1:], *self.claims[-1:]]
+            self._compare_saved()
             self._enter(BACKWARD, since_ns=max(sign.time_ns for sign in signs))
             self.modules.append(Mark(now_ns(), None))
         if in_backward() and not self._told:
             torch.autograd.Variable._execution_engine.queue_callback(self._leave_backward)
             self._told = True
+
+    def _step_begins(self, *_: Any) -> None:
+        if self._phase == CLIP:
+            self._enter(OPTIMIZER_STEP)
 
     def _leave_backward(self) -> None:
         self._told = False
@@ -216,13 +273,15 @@ class Owners:
         def enter(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if torch.compiler.is_compiling():  # traced into a compiled graph, this hook must be nothing
                 return
-            if self._phase == OPTIMIZER_STEP and not in_backward():
+            if self._phase in (CLIP, OPTIMIZER_STEP) and not in_backward():
                 self._enter(FORWARD)
             if self._fresh and not in_backward():
                 self._fresh = False
                 self.claim_inputs((args, kwargs))
-            self._running.append(_Run(path, self._join_recomputation()))
-            self.modules.append(Mark(now_ns(), path))
+            joined = self._join_recomputation()
+            began_ns = now_ns()
+            self._running.append(_Run(path, joined, began_ns, counted=self._counted and not in_backward()))
+            self._mark_module(began_ns, path)
 
         return enter
 
@@ -230,13 +289,22 @@ class Owners:
         def leave(module: torch.nn.Module, args: Any, output: Any) -> None:
             if torch.compiler.is_compiling():
                 return
+            ended_ns = now_ns()
             if self._running:
-                joined = self._running.pop().joined
-                if joined is not None:
-                    joined.__exit__()
-            self.modules.append(Mark(now_ns(), self._module_running()))
+                run = self._running.pop()
+                if run.joined is not None:
+                    run.joined.__exit__()
+                if run.counted:
+                    self.forwards.add(run.path, ended_ns - run.began_ns, output)
+            self._mark_module(ended_ns, self._module_running())
 
         return leave
+
+    def _mark_module(self, time_ns: int, path: str | None) -> None:
+        if self.kept < self._max_claims:
+            self.modules.append(Mark(time_ns, path))
+        else:
+            self.dropped += 1
 
     def _module_running(self) -> str | None:
         return self._running[-1].path if self._running else None
@@ -244,18 +312,41 @@ class Owners:
     # -- what autograd does -------------------------------------------------------------------------------------
 
     def _pack(self, tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
-        self.claim(Category.ACTIVATIONS, tensor, self._module_running())
-        return tensor, _version(tensor)
+        module = self._module_running()
+        self._claim_saved(tensor, module)
+        if self._finder is not None:
+            for part in self._parts_here(tensor):
+                self._finder.add(part, module)
+        return tensor, version_of(tensor)
+
+    def _claim_saved(self, tensor: torch.Tensor, module: str | None) -> None:
+        if self.kept < self._max_claims:
+            self.claim(Category.ACTIVATIONS, tensor, module)
+        else:
+            self.dropped += 1
+
+    def _compare_saved(self) -> None:
+        """Look for duplicates, once: now that the forward pass has saved all that it saves, and nothing is used yet."""
+        finder, self._finder = self._finder, None
+        if finder is None:
+            return
+        self._finds_duplicates = False
+        began_ns = now_ns()
+        try:
+            self.duplicates = finder.find()
+        except RuntimeError as error:  # out of memory, say: training goes on without this list
+            self.notes.append(f"Values saved in two precisions were not looked for: {str(error).splitlines()[0]}")
+        self.own.append(Interval(began_ns, now_ns()))
 
     def _unpack(self, packed: tuple[torch.Tensor, int]) -> torch.Tensor:
         self._in_backward()
         tensor, version = packed
-        # Autograd leaves this check out where there are hooks.
-        if _version(tensor) != version:
+        now = version_of(tensor)
+        if now != version:  # autograd leaves this check out where there are hooks
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"[{tensor.type()} {list(tensor.shape)}] is at version {_version(tensor)}; expected version {version} "
-                "instead. Hint: torch.autograd.set_detect_anomaly(True) finds the operation that failed."
+                f"[{tensor.type()} {list(tensor.shape)}] is at version {now}; expected version {version} instead. "
+                "Hint: torch.autograd.set_detect_anomaly(True) finds the operation that failed."
             )
         return tensor
 
@@ -273,7 +364,7 @@ class Owners:
         keep, give = hooks
 
         def pack(tensor: torch.Tensor) -> Any:
-            self.claim(Category.ACTIVATIONS, tensor, self._module_running())
+            self._claim_saved(tensor, self._module_running())
             return keep(tensor)
 
         joined = torch.autograd.graph.saved_tensors_hooks(pack, give)
@@ -291,56 +382,10 @@ class _Run(NamedTuple):
 
     path: str
     joined: torch.autograd.graph.saved_tensors_hooks | None
+    began_ns: int
+    counted: bool
 
 
 def in_backward() -> bool:
     """Whether the autograd engine runs, on this thread, a backward pass."""
     return torch._C._current_graph_task_id() != -1
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
-
-
-def _hookable(root: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """The modules whose forward pass Python sees: not those inside a compiled or scripted one."""
-    hidden: set[torch.nn.Module] = set()
-    for path, module in root.named_modules():
-        if module in hidden or isinstance(module, torch.jit.ScriptModule):
-            hidden.update(module.children())
-            continue
-        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
-            hidden.update(module.children())
-        if module._compiled_call_impl is None:
-            yield path, module
-
-
-def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The plain strided tensors that hold a tensor's data: several for a sparse one or a wrapper (DTensor)."""
-    if tensor.layout in (torch.sparse_coo,):
-        yield from (tensor._indices(), tensor._values())
-    elif tensor.layout is not torch.strided:
-        return
-    elif torch.utils._python_dispatch.is_traceable_wrapper_subclass(tensor):
-        names, _ = tensor.__tensor_flatten__()
-        for name in names:
-            yield from _parts(getattr(tensor, name))
-    else:
-        yield tensor
-
-
-def _tensors_in(item: Any, depth: int = 8) -> Iterator[torch.Tensor]:
-    """The tensors in nested lists, tuples, dictionaries and plain objects."""
-    if isinstance(item, torch.Tensor):
-        yield item
-    elif depth == 0 or item is None or isinstance(item, str | bytes | int | float):
-        return
-    elif isinstance(item, dict) or hasattr(item, "items"):
-        for value in dict(item).values():
-            yield from _tensors_in(value, depth - 1)
-    elif isinstance(item, list | tuple | set):
-        for value in item:
-            yield from _tensors_in(value, depth - 1)
-    elif hasattr(item, "__dict__"):
-        for value in vars(item).values():
-            yield from _tensors_in(value, depth - 1)

@@ -7,8 +7,12 @@ from typing import Any
 
 import torch
 
+from .ledger import PHASES
+from .out_of_memory import explain, is_out_of_memory
 from .report import MemoryReport
+from .schedule import Schedule
 from .session import Session, json_path
+from .sources import MAX_EVENTS
 
 
 class MemoryRecorder:
@@ -29,16 +33,22 @@ class MemoryRecorder:
         module: the module that is trained. Its device is the one recorded.
         optimizers: the optimizer, or several.
         warmup_steps: steps to let pass first. The last of them is followed, but not counted: so that what it leaves
-            behind is known.
+            behind is known, and values saved in two precisions are found without disturbing a step that counts.
         steps: how many steps to count, then stop recording; None for all until the end of the `with` block.
+        max_events: stop recording at the end of the step in which so many events and owners were noted; the report says
+            so. On CPU, where the events are known only afterwards, the owners alone are counted: saved tensors,
+            gradients, state, and runs of modules.
         witnesses: further objects that know whose tensors are whose: with a method `memory_categories()` that yields
             `(category, tensor, parameter or None)`. An optimizer that has this method is asked by itself.
         save_trace: where to keep the recorded events as JSON, for `MemoryReport.from_trace`.
 
+    Where the loop runs out of memory, what was live then is printed, and kept as `out_of_memory_report`, before the
+    exception goes on.
+
     On CUDA the device's peak statistics are reset at the beginning of every recorded step.
 
     Raises:
-        ValueError: for a device that tells nothing of its allocations; for step counts out of range.
+        ValueError: for a device that tells nothing of its allocations; for counts out of range.
         RuntimeError: where `torch.profiler` is recording already (CPU).
     """
 
@@ -49,19 +59,23 @@ class MemoryRecorder:
         *,
         warmup_steps: int = 0,
         steps: int | None = None,
+        max_events: int = MAX_EVENTS,
         witnesses: Iterable[Any] = (),
         save_trace: str | Path | None = None,
     ) -> None:
-        check_steps(warmup_steps, steps)
+        check_bounds(warmup_steps, steps, max_events)
         self._module = module
         self._optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
         self._warmup_steps = warmup_steps
         self._steps = steps
+        self._max_events = max_events
         self._witnesses = list(witnesses)
         self._save_trace = save_trace
-        self._session: Session | None = None
+        self._schedule: Schedule | None = None  # within the `with` block, until the report is there
         self._passed = 0
         self._report: MemoryReport | None = None
+        self.out_of_memory_report: MemoryReport | None = None
+        """What was live when memory ran out, if it did within the `with` block."""
 
     @property
     def report(self) -> MemoryReport:
@@ -74,54 +88,72 @@ class MemoryRecorder:
         return self._report
 
     def __enter__(self) -> "MemoryRecorder":
-        self._passed, self._report = 0, None
-        self._begin_step()
+        self._passed, self._report, self.out_of_memory_report = 0, None, None
+        self._schedule = Schedule(self._make_session, self._warmup_steps, self._steps)
+        self._schedule.begin()
         return self
 
     def step(self) -> None:
         """Say that a training step is over."""
-        session = self._session
         self._passed += 1
-        if session is not None:
-            session.close_step()
-            if session.counted_steps == self._steps:
+        if self._schedule is not None:
+            if self._schedule.end():
                 self._finish()
-                return
-        if self._report is None:
-            self._begin_step()
+            else:
+                self._schedule.begin()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is None and self._session is not None and self._session.counted_steps:
+        if error is None:
             self._finish()
-        elif self._session is not None:
-            self._session.abort()
-            self._session = None
+            return
+        if is_out_of_memory(error):
+            session = self._schedule.session if self._schedule is not None else None
+            self.out_of_memory_report = explain(error, lambda: session or self._make_session())
+        if self._schedule is not None:
+            self._schedule.abort()
+            self._schedule = None
 
     def claim_inputs(self, batch: Any) -> None:
         """Say what the batch of this step is. Needed only for tensors that are made after the module's first call."""
-        if self._session is not None:
-            self._session.claim_inputs(batch)
+        if self._schedule is not None and self._schedule.session is not None:
+            self._schedule.session.claim_inputs(batch)
 
-    def _begin_step(self) -> None:
-        if self._session is None:
-            if self._passed < self._warmup_steps - 1:
-                return
-            self._session = Session(self._module, self._optimizers, self._witnesses)
-            self._session.start()
-        self._session.open_step(counted=self._passed >= self._warmup_steps)
+    def phase(self, name: str) -> None:
+        """Say that a phase begins now: `forward`, `backward`, `clip`, or `optimizer_step`.
+
+        Needed for `clip` alone, before gradients are clipped: it ends where one of the optimizers steps. The others
+        are seen.
+
+        Raises:
+            ValueError: for another name.
+        """
+        if name not in PHASES:
+            raise ValueError(f"phase {name!r} is not one of {', '.join(PHASES)}: a step has these phases only.")
+        if self._schedule is not None and self._schedule.session is not None:
+            self._schedule.session.begin_phase(name)
+
+    def _make_session(self, find_duplicates: bool = False) -> Session:
+        return Session(
+            self._module,
+            self._optimizers,
+            self._witnesses,
+            max_events=self._max_events,
+            find_duplicates=find_duplicates,
+        )
 
     def _finish(self) -> None:
-        session, self._session = self._session, None
-        assert session is not None
-        recording = session.finish()
+        schedule, self._schedule = self._schedule, None
+        recording = schedule.finish() if schedule is not None else None
+        if recording is None:
+            return
         if self._save_trace is not None:
             recording.save(json_path(self._save_trace))
         self._report = MemoryReport.from_recording(recording)
 
 
-def check_steps(warmup_steps: int, steps: int | None) -> None:
+def check_bounds(warmup_steps: int, steps: int | None, max_events: int) -> None:
     """Raise ValueError unless the counts make sense."""
     if not isinstance(warmup_steps, int) or warmup_steps < 0:
         raise ValueError(
@@ -129,3 +161,5 @@ def check_steps(warmup_steps: int, steps: int | None) -> None:
         )
     if steps is not None and (not isinstance(steps, int) or steps < 1):
         raise ValueError(f"steps={steps!r}: must be a whole number, 1 or more: at least one step has to be recorded.")
+    if not isinstance(max_events, int) or max_events < 1:
+        raise ValueError(f"max_events={max_events!r}: must be a whole number, 1 or more. The default is a good one.")

@@ -107,6 +107,8 @@ class Recording:
     """Class names."""
     health: AllocatorHealth | None = None
     notes: list[str] = field(default_factory=list)
+    failed_ns: int | None = None
+    """When memory ran out, if it did: then what was live at that time is the peak, and nothing after it counts."""
 
     def save(self, path: str | Path) -> None:
         """Write this recording as JSON to `path`."""
@@ -143,6 +145,7 @@ class Recording:
             optimizers=content["optimizers"],
             health=None if content["health"] is None else AllocatorHealth(**content["health"]),
             notes=content["notes"],
+            failed_ns=content["failed_ns"],
         )
 
 

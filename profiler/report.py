@@ -61,7 +61,7 @@ class MemoryReport:
 
     @classmethod
     def from_recording(cls, recording: Recording) -> "MemoryReport":
-        """Replay a recording into a report."""
+        """Replay a recording into a report. Where memory ran out, the peak is that moment."""
         ledger = replay(recording)
         own_peaks = [window.peak_bytes for window in recording.windows if window.peak_bytes is not None]
         peak_bytes = max(own_peaks) if own_peaks else ledger.peak.bytes

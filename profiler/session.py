@@ -6,13 +6,20 @@ from typing import Any
 
 import torch
 
+from .figures import AllocatorHealth
+from .modules import compiled_note
+from .out_of_memory import observe_failed_requests
 from .owners import Owners, now_ns
 from .recording import Recording, Window
-from .sources import Source, source_for
+from .sources import MAX_EVENTS, Source, source_for
+
+_OVERFLOWED = "The allocator's history was too short for the recorded steps, and its oldest part is lost."
 
 
 class Session:
     """Records steps one after another. Between `open_step` and `close_step` hooks are on; else none is.
+
+    Values saved in two precisions are looked for in the first step: best in one that is not counted.
 
     `start` and `finish` (or `abort`) must be called in the same thread.
     """
@@ -23,37 +30,52 @@ class Session:
         optimizers: Iterable[torch.optim.Optimizer],
         witnesses: Iterable[Any] = (),
         device: torch.device | None = None,
+        max_events: int = MAX_EVENTS,
+        find_duplicates: bool = True,
     ) -> None:
         self.device = device if device is not None else device_of(module)
-        self._source: Source = source_for(self.device)
-        self._owners = Owners(module, optimizers, self.device, witnesses)
+        self._module = module
+        self._max_events = max_events
+        self._source: Source = source_for(self.device, max_events)
+        self._owners = Owners(
+            module, optimizers, self.device, witnesses, max_claims=max_events, find_duplicates=find_duplicates
+        )
         self._opened_ns: int | None = None
         self._counted = True
         self._windows: list[Window] = []
         self._reserved_bytes: int | None = None
+        self._health: AllocatorHealth | None = None
         self.active = False
+        self.failed_request_bytes: int | None = None
+        """After `fail`: what was asked for when memory ran out, where the allocator's history tells."""
+
+    @property
+    def follows_warmup(self) -> bool:
+        """Whether every step of warming up is worth a session of its own."""
+        return self._source.follows_warmup
 
     def start(self) -> None:
+        if self.device.type == "cuda":
+            observe_failed_requests()
         self._source.start()
         self.active = True
 
     def open_step(self, *, counted: bool = True) -> None:
-        """A step begins. One that is not counted is followed only for what it leaves alive, without any hooks."""
+        """A step begins. One that is not counted is followed for what it leaves alive, and for the steps after it."""
         self._source.reset_peak()
         self._opened_ns = now_ns()
         self._counted = counted
         try:
-            self._owners.begin_step()
-            if counted:
-                self._owners.install()
+            self._owners.begin_step(counted=counted)
+            self._owners.install()
         except BaseException:
             self.abort()
             raise
 
-    def begin_backward(self) -> None:
-        """Backward begins now. Without this call it is seen from what autograd does."""
+    def begin_phase(self, name: str) -> None:
+        """The phase `name` begins now. Without this call phases are seen from what modules and autograd do."""
         if self._opened_ns is not None:
-            self._owners.begin_backward()
+            self._owners.begin_phase(name)
 
     def claim_inputs(self, batch: Any) -> None:
         if self._opened_ns is not None:
@@ -69,7 +91,14 @@ class Session:
         self._owners.end_step()
         if self._counted:
             self._windows.append(Window(opened_ns, closed_ns, peak_bytes))
+            self._health = self._source.health(self._owners.addresses)
             self._reserved_bytes = max(filter(None, (self._reserved_bytes, reserved_bytes)), default=None)
+
+    @property
+    def full(self) -> bool:
+        """Whether as much is kept as may be: then this step should be the last."""
+        events = self._source.event_count()
+        return self._owners.kept + (events or 0) >= self._max_events
 
     @property
     def counted_steps(self) -> int:
@@ -77,10 +106,43 @@ class Session:
 
     def finish(self) -> Recording:
         """Switch off and give what was recorded."""
+        full = self.full
+        return self._recording(self._windows, self._notes(full))
+
+    def fail(self) -> Recording:
+        """Memory ran out: switch off and give what was recorded up to then. The step that failed is the one counted."""
+        self._owners.claim_lasting()
+        failed_ns = now_ns()
+        opened_ns = self._opened_ns if self._opened_ns is not None else failed_ns
+        recording = self._recording([], self._notes(False))
+        if self._source.failure is not None and self._source.failure[0] + 1000 > opened_ns:  # in whole microseconds
+            failed_ns, self.failed_request_bytes = self._source.failure
+        recording.windows = [Window(opened_ns, failed_ns, None)]
+        recording.failed_ns = failed_ns
+        recording.notes.append("Memory ran out: this is what was live then, which is not the peak of a whole step.")
+        return recording
+
+    def what_is_live(self) -> Recording:
+        """Instead of a recording: what is live now. Nothing needs to be on, and nothing is afterwards."""
+        opened_ns = now_ns()
+        self._owners.begin_step()
+        start = self._source.live_blocks()
+        recording = self._recording([], self._notes(False))
+        recording.start, recording.phases = start, []
+        recording.failed_ns = now_ns()
+        recording.windows = [Window(opened_ns, recording.failed_ns, None)]
+        recording.notes.append(
+            "Nothing was being recorded when the memory ran out, so that only weights, gradients, masters, optimizer "
+            "state and buffers have their names."
+        )
+        return recording
+
+    def _recording(self, windows: list[Window], notes: list[str]) -> Recording:
         self.active = False
-        self._owners.remove()
-        start, events = self._source.stop()
+        self._opened_ns = None
         owners = self._owners
+        owners.remove()
+        start, events = self._source.stop()
         return Recording(
             device=str(self.device),
             parameters=owners.parameter_count(),
@@ -90,12 +152,31 @@ class Session:
             phases=owners.phases,
             modules=owners.modules,
             gone=[] if self._source.lists_live_blocks else owners.gone,
-            windows=self._windows,
+            windows=windows,
             reserved_bytes=self._reserved_bytes,
             workspace_bytes=self._source.workspace_bytes,
             clock_error_ns=self._source.clock_error_ns,
             claims_make_blocks=not self._source.lists_live_blocks,
+            forwards=owners.forwards.by_path(),
+            optimizers=owners.optimizer_names(),
+            health=self._health,
+            own=owners.own,
+            duplicates=owners.duplicates,
+            notes=[*owners.notes, *notes, *([_OVERFLOWED] if self._source.overflowed else [])],
         )
+
+    def _notes(self, full: bool) -> list[str]:
+        compiled = compiled_note(self._module)
+        notes = [] if compiled is None else [compiled]
+        if full:
+            steps = f"{self.counted_steps} step" + ("s" if self.counted_steps != 1 else "")
+            notes.append(f"The recording ended after {steps}, when max_events={self._max_events} was reached.")
+        if self._owners.dropped:
+            notes.append(
+                f"Of {self._owners.dropped} saved tensors and runs of modules after max_events={self._max_events} "
+                "nothing was kept: their memory has no name here."
+            )
+        return notes
 
     def abort(self) -> None:
         """Switch off and forget. Does nothing where nothing is on."""

@@ -12,12 +12,17 @@ events by pure functions (`cuda_trace.py` for CUDA), which are tested on recorde
 
 import os
 import time
+from collections.abc import Container
 from typing import Any, Protocol
 
 import torch
 
-from .cuda_trace import parse_segments, parse_trace, workspace_bytes
+from .cuda_trace import last_failure, parse_segments, parse_trace, workspace_bytes
+from .figures import AllocatorHealth
+from .health import allocator_health, workspaces_alive
 from .recording import Event
+
+MAX_EVENTS = 2_000_000
 
 
 class Source(Protocol):
@@ -32,7 +37,20 @@ class Source(Protocol):
     workspace_bytes: list[int]
     """Sizes of the workspaces that libraries allocate from it once and keep."""
 
+    failure: tuple[int, int] | None
+    """After `stop`: when the last request failed, and how many bytes it was for, if one did and the source knows."""
+
+    follows_warmup: bool
+    """Whether every step of warming up is worth following, since memory runs out in the first ones if at all."""
+
+    overflowed: bool
+    """After `stop`: whether there were more events than could be kept, so that the oldest are lost."""
+
     def start(self) -> None: ...
+    def event_count(self) -> int | None:
+        """How many events there are since `start`. None where that is known only afterwards."""
+        ...
+
     def stop(self) -> tuple[list[Event], list[Event]]:
         """End the recording: the blocks alive when it began, and the events since."""
         ...
@@ -47,14 +65,21 @@ class Source(Protocol):
         ...
 
     def reserved_bytes(self) -> int | None: ...
+    def health(self, owned: Container[int]) -> AllocatorHealth | None:
+        """How well the allocator uses what it holds; `owned` has the addresses that have an owner. None without one."""
+        ...
+
+    def live_blocks(self) -> list[Event]:
+        """What is alive now, where the source can list it."""
+        ...
 
 
-def source_for(device: torch.device) -> Source:
-    """The source of events for `device`. Raises ValueError for a device that has none."""
+def source_for(device: torch.device, max_events: int = MAX_EVENTS) -> Source:
+    """The source of events for `device`, which has room for `max_events`. Raises ValueError where there is none."""
     if device.type == "cpu":
         return CPUSource()
     if device.type == "cuda":
-        return CUDASource(device)
+        return CUDASource(device, max_events)
     raise ValueError(
         f"The memory of device {str(device)!r} cannot be recorded: only 'cpu' and 'cuda' tell of their allocations. "
         "Leave the profiler out on this device."
@@ -65,10 +90,13 @@ class CPUSource:
     """Allocation events of `torch.profiler` on CPU."""
 
     lists_live_blocks = False
+    follows_warmup = False
     clock_error_ns = 0  # measured: an allocation always falls between time_ns() before it and after it
 
     def __init__(self) -> None:
         self.workspace_bytes: list[int] = []
+        self.overflowed = False
+        self.failure: tuple[int, int] | None = None
         self._profile: torch.profiler.profile | None = None
 
     def start(self) -> None:
@@ -101,6 +129,9 @@ class CPUSource:
         assert profile.profiler.kineto_results is not None
         return [], cpu_events(profile.profiler.kineto_results.experimental_event_tree())
 
+    def event_count(self) -> int | None:
+        return None
+
     def abort(self) -> None:
         profile, self._profile = self._profile, None
         if profile is not None:
@@ -113,6 +144,12 @@ class CPUSource:
 
     def reserved_bytes(self) -> int | None:
         return None
+
+    def health(self, owned: Container[int]) -> AllocatorHealth | None:
+        return None
+
+    def live_blocks(self) -> list[Event]:
+        return []
 
 
 def cpu_events(tree: list[Any]) -> list[Event]:
@@ -138,10 +175,10 @@ class CUDASource:
     """
 
     lists_live_blocks = True
+    follows_warmup = True
     clock_error_ns = 2_000  # the history is stamped in whole microseconds
-    max_entries = 2_000_000
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, max_events: int = MAX_EVENTS) -> None:
         backend = torch.cuda.memory.get_allocator_backend()
         if backend != "native":
             raise ValueError(
@@ -150,7 +187,14 @@ class CUDASource:
             )
         self._device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
         self.workspace_bytes = workspace_bytes(os.environ)
+        # An allocation and its two frees are three entries, and when the history is full, the oldest are overwritten: a
+        # recording stops at the end of the step in which it reaches `max_events`, so there is room for that step.
+        self.max_entries = 2 * max_events
         self._segments: list[dict[str, Any]] = []
+        self._events_before = 0
+        self._retries_before = 0
+        self.overflowed = False
+        self.failure: tuple[int, int] | None = None
         self._started = False
         self._was_on = False
         self._since_ns = 0
@@ -164,9 +208,17 @@ class CUDASource:
             )
         self._started = True
         # After switching on, so that nothing falls between.
-        segments = torch.cuda.memory.memory_snapshot(include_traces=False)
-        self._segments = [segment for segment in segments if segment["device"] == self._device.index]
+        self._segments = self._snapshot_segments()
         self._since_ns = time.time_ns()
+        self._events_before = self._all_events()
+        self._retries_before = int(torch.cuda.memory_stats(self._device).get("num_alloc_retries", 0))
+
+    def event_count(self) -> int | None:
+        return self._all_events() - self._events_before
+
+    def _all_events(self) -> int:
+        stats = torch.cuda.memory_stats(self._device)
+        return int(stats.get("allocation.all.allocated", 0) + 2 * stats.get("allocation.all.freed", 0))
 
     def stop(self) -> tuple[list[Event], list[Event]]:
         if not self._started:
@@ -176,6 +228,8 @@ class CUDASource:
         finally:
             self.abort()
         trace = snapshot["device_traces"][self._device.index]
+        self.failure = last_failure(trace, self._since_ns)
+        self.overflowed = len(trace) >= self.max_entries and not self._was_on
         start = parse_segments(self._segments)
         events = parse_trace(trace, self._segments, snapshot.get("allocator_settings", {}), self._since_ns)
         self._segments = []
@@ -194,3 +248,18 @@ class CUDASource:
 
     def reserved_bytes(self) -> int | None:
         return int(torch.cuda.memory_stats(self._device)["reserved_bytes.all.peak"])
+
+    def health(self, owned: Container[int]) -> AllocatorHealth | None:
+        return allocator_health(
+            torch.cuda.memory_stats(self._device),
+            torch.cuda.mem_get_info(self._device),
+            workspaces_alive(self.live_blocks(), self.workspace_bytes, owned),
+            self._retries_before,
+        )
+
+    def live_blocks(self) -> list[Event]:
+        return parse_segments(self._snapshot_segments())
+
+    def _snapshot_segments(self) -> list[dict[str, Any]]:
+        segments = torch.cuda.memory.memory_snapshot(include_traces=False)
+        return [segment for segment in segments if segment["device"] == self._device.index]

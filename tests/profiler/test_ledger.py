@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from lightning_mpt.profiler import Category
 from lightning_mpt.profiler.category import PRIORITY
 from lightning_mpt.profiler.ledger import replay
-from lightning_mpt.profiler.recording import Claim, Event, Gone, Mark, Recording, Window
+from lightning_mpt.profiler.recording import Claim, Event, Gone, Interval, Mark, Recording, Window
 
 OWNED = [Category.WEIGHTS, Category.GRADIENTS, Category.OPTIMIZER_STATE, Category.ACTIVATIONS]
 
@@ -56,7 +56,9 @@ def histories(draw) -> Recording:
         elif kind == "gone":
             result.gone.append(Gone(time_ns, address))
         elif kind == "phase":
-            result.phases.append(Mark(time_ns, draw(st.sampled_from(["forward", "backward", "optimizer_step", ""]))))
+            result.phases.append(
+                Mark(time_ns, draw(st.sampled_from(["forward", "backward", "clip", "optimizer_step", ""])))
+            )
         else:
             result.windows.append(Window(opened, time_ns, None))
             opened = time_ns + 1
@@ -106,8 +108,11 @@ class Oracle:
         if not old:
             frees = [when for when, _, _ in self.moments if when > block.time_ns]
             freed = next((when for when in frees if self.live(when).get(block.address) is not block), None)
-            if freed is not None and self.phase(freed) == self.phase(block.time_ns):
-                return Category.TEMPORARIES
+            if freed is not None:
+                lived = range(self.phase(block.time_ns), self.phase(freed) + 1)
+                names = {self.history.phases[index].name for index in lived}
+                if len(lived) == 1 or names <= {"clip", "optimizer_step"}:
+                    return Category.TEMPORARIES
         return Category.UNATTRIBUTED
 
     def peaks(self) -> dict[str, list[tuple[int, dict[Category, int]]]]:
@@ -185,6 +190,27 @@ def test_unclaimed_blocks_are_temporaries_only_within_one_phase() -> None:
         3: Category.UNATTRIBUTED,  # freed in a forward phase, but not in its own
         4: Category.UNATTRIBUTED,
     }
+
+
+def test_clipping_and_the_optimizers_step_are_one_stretch() -> None:
+    """A norm made while clipping and dropped while stepping, or the other way round, is temporary."""
+    names = ("backward", "optimizer_step", "clip", "optimizer_step", "", "clip")
+    phases = [Mark(100 * index, name) for index, name in enumerate(names)]
+    lives = {1: (110, 210), 2: (120, 320), 3: (250, 310), 4: (50, 220), 5: (330, 410), 6: (240, 520)}
+    events = [event for at, (born, freed) in lives.items() for event in ((born, at, 8), (freed, at, -8))]
+    history = recording(events=sorted(events), phases=phases)
+    temporary = {address for address, category in categories_of(history).items() if category is Category.TEMPORARIES}
+    assert temporary == {1, 2, 3}
+    assert list(replay(history).phases) == ["backward", "clip", "optimizer_step"]
+
+
+def test_blocks_of_the_profilers_own_work_are_left_out() -> None:
+    history = recording(
+        events=[(10, 1, 8), (110, 2, 800), (120, 3, 80), (130, 1, -8), (180, 2, -800), (210, 3, -80)],
+        own=[Interval(100, 200)],
+    )
+    assert [block.address for block in replay(history).blocks] == [1, 3]  # 3 stayed on: it is someone else's
+    assert replay(history).peak.bytes == 88
 
 
 def test_what_has_a_librarys_size_and_stays_is_its_workspace() -> None:

@@ -2,13 +2,14 @@
 
 import json
 import sys
+from contextlib import suppress
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_mpt.profiler import Category, MemoryProfiler, MemoryReport
 
@@ -148,7 +149,7 @@ def test_recording_changes_no_result_and_is_on_in_its_steps_only(tmp_path: Any) 
     fit(recorded, tmp_path, MemoryProfiler(warmup_steps=2, steps=3))
     for a, b in zip(plain.parameters(), recorded.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert recorded.hooks_seen == [False, False, True, True, True, False, False, False]
+    assert recorded.hooks_seen == [False, True, True, True, True, False, False, False]
 
 
 @pytest.mark.parametrize("where", ["training_step", "on_after_backward", "on_train_batch_end"])
@@ -262,3 +263,54 @@ def test_bf16_halves_what_arithmetic_says(tmp_path: Any) -> None:
 def test_wrong_counts_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MemoryProfiler(**options)
+
+
+def test_the_end_of_data_of_unknown_length_ends_no_recording(tmp_path: Any) -> None:
+    """Lightning tells of the end while it fetches, by an exception that is none."""
+
+    class Stream(IterableDataset):
+        def __iter__(self) -> Any:
+            return iter([(torch.ones(32, 64), torch.zeros(32, dtype=torch.long))] * 2)
+
+    profiler = MemoryProfiler(warmup_steps=1, steps=4)
+    trainer(profiler, tmp_path, max_epochs=4).fit(Classifier(), DataLoader(Stream(), batch_size=None))
+    assert profiler.report.steps == 4
+
+
+def test_an_exception_that_is_caught_before_the_recording_does_not_prevent_it(tmp_path: Any) -> None:
+    class Catching(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            if batch_idx == 0:
+                with suppress(KeyError), self.trainer.profiler.profile("mine"):
+                    raise KeyError("no matter")
+            return super().training_step(batch, batch_idx)
+
+    assert fit(Catching(), tmp_path).profiler.report.steps == 3
+
+
+class Noting(L.pytorch.loggers.Logger):
+    name, version = "noting", 0
+
+    def __init__(self) -> None:
+        self.noted: list[tuple[dict[str, float], int | None]] = []
+        self.done = False
+
+    def log_hyperparams(self, *_: Any) -> None: ...
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        assert not self.done
+        if "mpt/peak_bytes" in metrics:
+            self.noted.append((metrics, step))
+
+    def finalize(self, status: str) -> None:
+        self.done = True
+
+
+@pytest.mark.parametrize(("max_steps", "step"), [(8, 5), (4, 4)], ids=["while training", "at its end"])
+def test_loggers_get_the_peak_and_its_parts(max_steps: int, step: int, tmp_path: Any) -> None:
+    loggers = [Noting(), Noting()]
+    built = trainer(MemoryProfiler(), tmp_path, logger=loggers, max_steps=max_steps)
+    built.fit(Classifier(), data())
+    expected = {f"mpt/peak_{category}_bytes": size for category, size in built.profiler.report.categories.items()}
+    expected["mpt/peak_bytes"] = built.profiler.report.peak_bytes
+    assert loggers[0].noted == loggers[1].noted == [(expected, step)]

@@ -343,8 +343,8 @@ def test_nothing_is_on_outside_the_recorded_steps() -> None:
             on.append((bool(hooks_on(loop.module)), torch._C._autograd._profiler_enabled()))
             loop.step(i)
             recorder.step()
-    # The last step of warming up is followed, so that what it leaves alive is known, but no hook is on.
-    assert on == [(False, False), (False, True), (True, True), (False, False), (False, False)]
+    # The last step of warming up is followed, so that what it leaves alive is known.
+    assert on == [(False, False), (True, True), (True, True), (False, False), (False, False)]
     assert recorder.report.steps == 1
 
 
@@ -378,7 +378,12 @@ def test_a_trace_replays_to_the_same_report(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"warmup_steps": -1}, "warmup_steps=-1"), ({"steps": 0}, "steps=0"), ({"steps": 1.5}, "steps=1.5")],
+    [
+        ({"warmup_steps": -1}, "warmup_steps=-1"),
+        ({"steps": 0}, "steps=0"),
+        ({"steps": 1.5}, "steps=1.5"),
+        ({"max_events": 0}, "max_events=0"),
+    ],
 )
 def test_wrong_counts_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_mpt.profiler import AllocatorHealth
+from lightning_mpt.profiler.health import allocator_health
 from lightning_mpt.profiler.sources import CPUSource, CUDASource, source_for
 
 from .test_cuda_trace import BASE, entry, segment
@@ -51,6 +53,7 @@ class FakeCUDA:
         self.calls: list[Any] = []
         self.history_on = history_on
         self.trace: list[dict[str, Any]] = []
+        self.more: list[dict[str, Any]] = []
         self.stats = {"allocated_bytes.all.peak": 4096, "reserved_bytes.all.peak": 1 << 21}
         patch.setattr(torch.cuda.memory, "get_allocator_backend", lambda: backend)
         patch.setattr(torch.cuda.memory, "_record_memory_history", self._record)
@@ -58,6 +61,7 @@ class FakeCUDA:
         patch.setattr(torch.cuda.memory, "_snapshot", self._snapshot)
         patch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: self.calls.append(("reset", device)))
         patch.setattr(torch.cuda, "memory_stats", lambda device: self.stats)
+        patch.setattr(torch.cuda, "mem_get_info", lambda device: (3 << 20, 8 << 20))
         patch.setattr(torch._C, "_cuda_isHistoryEnabled", lambda: self.history_on, raising=False)
 
     def _record(self, enabled: str | None, **options: Any) -> None:
@@ -67,7 +71,7 @@ class FakeCUDA:
     def _segments(self, *, include_traces: bool) -> list[dict[str, Any]]:
         assert not include_traces
         held = segment(BASE, (1024, "active_allocated", 600), ((1 << 21) - 1024, "inactive"))
-        return [held, segment(BASE << 1, (512, "active_allocated"), device=1)]
+        return [held, *self.more, segment(BASE << 1, (512, "active_allocated"), device=1)]
 
     def _snapshot(self) -> dict[str, Any]:
         return {"segments": [], "device_traces": [self.trace, []], "allocator_settings": {"max_split_size": -1}}
@@ -121,3 +125,70 @@ def test_an_allocator_without_history_is_refused(monkeypatch: pytest.MonkeyPatch
     FakeCUDA(monkeypatch, backend="cudaMallocAsync")
     with pytest.raises(ValueError, match="'cudaMallocAsync', which keeps no history"):
         CUDASource(torch.device("cuda", 0))
+
+
+def test_a_request_that_failed_is_known_from_the_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeCUDA(monkeypatch)
+    source = CUDASource(torch.device("cuda", 0))
+    source.start()
+    late_us = time.time_ns() // 1000 + 10
+    for time_us in (1, late_us):
+        failed = entry("oom", 0, 5000, time_us=time_us)
+        failed["device_free"] = failed.pop("addr")
+        fake.trace.append(failed)
+    assert source.stop() == (source.live_blocks(), [])
+    assert source.failure == (late_us * 1000, 5000)
+
+
+def test_events_are_counted_by_the_allocators_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeCUDA(monkeypatch)
+    fake.stats |= {"allocation.all.allocated": 100, "allocation.all.freed": 90}
+    source = CUDASource(torch.device("cuda", 0), max_events=10)
+    source.start()
+    fake.stats |= {"allocation.all.allocated": 103, "allocation.all.freed": 92}
+    assert source.event_count() == 3 + 2 * 2
+    fake.trace += [entry("alloc", BASE, 100)] * source.max_entries
+    source.stop()
+    assert source.overflowed
+
+
+# -- the allocator's health ---------------------------------------------------------------------------------------
+
+STATS = {
+    "reserved_bytes.all.peak": 5000,
+    "reserved_bytes.all.current": 4000,
+    "allocated_bytes.all.peak": 4200,
+    "num_alloc_retries": 3,
+}
+
+
+def test_health_is_what_the_allocator_and_the_device_say() -> None:
+    assert allocator_health(STATS, (1500, 8000), 64, retries_before=1) == AllocatorHealth(
+        reserved_bytes=5000,
+        fragmented_bytes=800,
+        workspace_bytes=64,
+        outside_bytes=8000 - 1500 - 4000,
+        total_bytes=8000,
+        retries=2,
+    )
+
+
+def test_health_is_never_negative() -> None:
+    """Another process may free memory between the two questions."""
+    health = allocator_health({**STATS, "allocated_bytes.all.peak": 5001}, (7000, 8000), 0, retries_before=3)
+    assert (health.fragmented_bytes, health.outside_bytes, health.retries) == (0, 0, 0)
+
+
+def test_the_source_asks_for_it_and_tells_workspaces_from_weights_of_their_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4:2")  # KiB
+    fake = FakeCUDA(monkeypatch)
+    fake.stats |= STATS
+    fake.more = [segment(BASE << 2, (8192, "active_allocated"), (8192, "active_allocated"), (8192, "inactive"))]
+    source = CUDASource(torch.device("cuda", 0))
+    source.start()
+    fake.stats["num_alloc_retries"] = 4
+    health = source.health({(BASE << 2) + 8192: "a weight"})
+    assert health == allocator_health(fake.stats, (3 << 20, 8 << 20), 8192, retries_before=3)
+    assert health.retries == 1

@@ -1,0 +1,46 @@
+"""What tensors a thing holds, and what memory a tensor lies in."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def parts_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The plain strided tensors that hold a tensor's data: several for a sparse one or a wrapper (DTensor)."""
+    if type(tensor) in _PLAIN and tensor.layout is torch.strided:  # nearly always: asked of every saved tensor
+        yield tensor
+    elif tensor.layout in (torch.sparse_coo,):
+        yield from (tensor._indices(), tensor._values())
+    elif tensor.layout is not torch.strided:
+        return
+    elif torch.utils._python_dispatch.is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        for name in names:
+            yield from parts_of(getattr(tensor, name))
+    else:
+        yield tensor
+
+
+def tensors_in(item: Any, depth: int = 8) -> Iterator[torch.Tensor]:
+    """The tensors in nested lists, tuples, dictionaries and plain objects."""
+    if isinstance(item, torch.Tensor):
+        yield item
+    elif depth == 0 or item is None or isinstance(item, str | bytes | int | float):
+        return
+    elif isinstance(item, dict) or hasattr(item, "items"):
+        for value in dict(item).values():
+            yield from tensors_in(value, depth - 1)
+    elif isinstance(item, list | tuple | set):
+        for value in item:
+            yield from tensors_in(value, depth - 1)
+    elif hasattr(item, "__dict__"):
+        for value in vars(item).values():
+            yield from tensors_in(value, depth - 1)
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """How often the tensor was written to in place; -1 for one of inference mode, which does not count."""
+    return -1 if tensor.is_inference() else tensor._version
