@@ -6,19 +6,11 @@ from rich.text import Text
 
 from .category import Category
 from .report import Comparison, MemoryReport
+from .words import format_bytes, format_share
 
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _PER_PARAMETER = (Category.WEIGHTS, Category.MASTER_WEIGHTS, Category.GRADIENTS, Category.OPTIMIZER_STATE)
 """What grows with the number of parameters, so that bytes per parameter say something."""
 _STYLES = {Category.UNATTRIBUTED: "yellow", Category.ROUNDING: "dim"}
-
-
-def format_bytes(size: int) -> str:
-    """`size` bytes in the largest unit of which there is at least one: '1.50 GiB'."""
-    value, unit = float(size), 0
-    while abs(value) >= 1024 and unit < len(_UNITS) - 1:
-        value, unit = value / 1024, unit + 1
-    return f"{size} B" if unit == 0 else f"{value:.2f} {_UNITS[unit]}"
 
 
 def render_report(report: MemoryReport) -> RenderableType:
@@ -84,12 +76,19 @@ def _category_table(report: MemoryReport) -> Table:
             model += size
             per_parameter = _per_parameter(size, report)
         if size:
-            cells = (category.value, format_bytes(size), _share(size, report), per_parameter)
+            cells = (category.value, format_bytes(size), format_share(size, report.peak_bytes), per_parameter)
             table.add_row(*cells, style=_STYLES.get(category))
     table.add_section()
-    table.add_row("peak", format_bytes(report.peak_bytes), _share(report.peak_bytes, report), "", style="bold")
+    table.add_row(
+        "peak", format_bytes(report.peak_bytes), format_share(report.peak_bytes, report.peak_bytes), "", style="bold"
+    )
     if report.parameters:
-        cells = ("model state of it", format_bytes(model), _share(model, report), _per_parameter(model, report))
+        cells = (
+            "model state of it",
+            format_bytes(model),
+            format_share(model, report.peak_bytes),
+            _per_parameter(model, report),
+        )
         table.add_row(*cells, style="dim")
     return table
 
@@ -116,10 +115,6 @@ def _table(first: str, *rest: str) -> Table:
 
 def _format_or_blank(size: int) -> str:
     return format_bytes(size) if size else ""
-
-
-def _share(size: int, report: MemoryReport) -> str:
-    return f"{size / report.peak_bytes:.1%}" if report.peak_bytes else ""
 
 
 def _per_parameter(size: int, report: MemoryReport) -> str:
