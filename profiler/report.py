@@ -168,11 +168,11 @@ class MemoryReport:
             notes=tuple(content["notes"]),
         )
 
-    def print(self) -> None:
-        """Print the table to the terminal."""
+    def print(self, *, full: bool = False) -> None:
+        """Print the tables to the terminal; with `full` the largest tensors, duplicates and more of the rest."""
         from .render import print_report
 
-        print_report(self)
+        print_report(self, full=full)
 
     def compare(self, *others: "MemoryReport", names: Iterable[str] = ()) -> "Comparison":
         """This report as the base, beside `others`: what they save against it."""

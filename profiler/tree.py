@@ -24,6 +24,8 @@ class Node:
     children: list["Node"] = field(default_factory=list)
     pattern: str = ""
     """The whole path, with the names of repeated blocks in it: `transformer.h.*.attn`."""
+    repeated: bool = False
+    """Whether it stands for more modules than its parent does: `h.*`, but not what is in it."""
 
     @property
     def total(self) -> dict[Category, int]:
@@ -55,8 +57,27 @@ def module_tree(report: MemoryReport) -> Node:
     for path in sorted(paths - {""}, key=_natural):
         beneath[path.rpartition(".")[0]].append(path)
     root = _node("", ("",), beneath, report.modules)
-    _name(root, "")
+    root.children = [_joined(child) for child in root.children]
+    _name(root, "", 1)
     return root
+
+
+def largest(root: Node, count: int, least_bytes: float = 0) -> list[tuple[int, Node]]:
+    """The `count` largest nodes beneath the root, in the order of the tree, each with its depth (0: a child of root).
+
+    A parent is never smaller than its children, so that it is among them where they are.
+    """
+    deep: list[tuple[int, Node]] = []
+
+    def visit(node: Node, depth: int) -> None:
+        for child in node.children:
+            deep.append((depth, child))
+            visit(child, depth + 1)
+
+    visit(root, 0)
+    sizes = [node.bytes for _, node in deep]
+    kept = sorted(range(len(deep)), key=lambda i: -sizes[i])[:count]
+    return [deep[i] for i in sorted(kept) if sizes[i] >= least_bytes and sizes[i]]
 
 
 def subtree_bytes(report: MemoryReport, category: Category) -> dict[str, int]:
@@ -138,10 +159,21 @@ def _below(path: str, beneath: Mapping[str, list[str]]) -> Iterable[str]:
         yield from _below(child, beneath)
 
 
-def _name(node: Node, above: str) -> None:
+def _joined(node: Node) -> Node:
+    """`net`, which holds nothing but `net.transformer`, is one node with it. A repeated block stays by itself."""
+    node.children = [_joined(child) for child in node.children]
+    if len(node.children) == 1 and len(node.paths) == 1 and not any(node.own.values()):
+        child = node.children[0]
+        child.name = f"{node.name}.{child.name}"
+        return child
+    return node
+
+
+def _name(node: Node, above: str, count: int) -> None:
+    node.repeated = len(node.paths) > count
     node.pattern = f"{above}.{node.name}" if above else node.name
     for child in node.children:
-        _name(child, node.pattern)
+        _name(child, node.pattern, len(node.paths))
 
 
 def _natural(path: str) -> list[tuple[int, int, str]]:
