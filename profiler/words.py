@@ -15,6 +15,14 @@ def format_bytes(size: int) -> str:
     return f"{size} B" if unit == 0 else f"{value:.2f} {_UNITS[unit]}"
 
 
+def unit_of(size: int) -> tuple[int, str]:
+    """The bytes in the largest unit of which `size` has at least one, and its name: what an axis is marked in."""
+    unit = 0
+    while abs(size) >= 1024 ** (unit + 1) and unit < len(_UNITS) - 1:
+        unit += 1
+    return 1024**unit, _UNITS[unit]
+
+
 def format_share(part: float, whole: float) -> str:
     """`part` of `whole` in per cent: '34.1%'. Nothing of nothing is ''."""
     return f"{part / whole:.1%}" if whole else ""
