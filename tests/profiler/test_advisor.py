@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from reports import MIB, transformer
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mpt import MasterWeightPrecision
@@ -16,7 +17,6 @@ from lightning_mpt.profiler import Category, Duplicate, MemoryProfiler, MemoryRe
 from lightning_mpt.profiler.advisor import Advice, advise
 from lightning_mpt.profiler.recording import Recording
 
-from .reports import MIB, transformer
 from .test_plugin import GPT2
 
 PREDICTED = 0.10

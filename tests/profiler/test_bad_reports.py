@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from reports import transformer
 
 from lightning_mpt.profiler import MemoryReport
 from lightning_mpt.profiler.render import report_text
 from lightning_mpt.profiler.report import REPORT_LIMIT_BYTES
-
-from .reports import transformer
 
 VALID = transformer(2).to_json()
 

@@ -4,6 +4,7 @@ import dataclasses
 import io
 
 import pytest
+from reports import MIB, transformer
 from rich.console import Console
 
 from lightning_mpt.profiler import MemoryReport, TensorUse
@@ -12,7 +13,6 @@ from lightning_mpt.profiler.recording import Recording
 from lightning_mpt.profiler.render import print_comparison, print_report, report_text
 from lightning_mpt.profiler.words import count_of, format_bytes, format_shape, format_share, printable
 
-from .reports import MIB, transformer
 from .test_report import training_step
 
 

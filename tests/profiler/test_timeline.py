@@ -5,14 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from reports import transformer
 
 from lightning_mpt.profiler import Category, MemoryReport, TimelinePoint
 from lightning_mpt.profiler.perfetto import trace_events, write_perfetto
 from lightning_mpt.profiler.plot import write_plot
 from lightning_mpt.profiler.recording import Recording
 from lightning_mpt.profiler.timeline import COLORS, STACKED, Span, phase_spans, used_categories
-
-from .reports import transformer
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

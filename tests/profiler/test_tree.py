@@ -2,11 +2,11 @@
 
 import dataclasses
 
+from reports import MIB, transformer
+
 from lightning_mpt.profiler import Category, MemoryReport
 from lightning_mpt.profiler.recording import Recording
 from lightning_mpt.profiler.tree import Node, largest, module_tree, subtree_bytes
-
-from .reports import MIB, transformer
 
 
 def tree_of(modules: dict[str, int]) -> Node:
