@@ -23,7 +23,8 @@ LEAST_SHARE = 0.01
 _HALF_BYTES = 2
 _RELEASE = "each gradient used and freed within backward: no dynamic loss scale, clipping by norm or accumulation"
 _ADAM = ("adam", "adamw", "masteradamw")
-_OPTIMIZER_STEP = "optimizer_step"
+_NOT_COMPUTING = ("clip", "optimizer_step")
+"""Phases in which nothing depends on the batch."""
 
 Phases = Mapping[str, Mapping[Category, int]]
 """Phase -> its categories at its own peak."""
@@ -86,7 +87,7 @@ def advise(report: MemoryReport, failed_bytes: int | None = None) -> tuple[Advic
         First what holds the peak; then what to do, most helpful first: the largest saving, where what costs neither
         time nor exactness counts a little more. The savings are each alone, not one after another.
     """
-    before = _phases(report)
+    before = _phases(report) if failed_bytes is None else _moment(report)
     peak_bytes, _ = _highest(before)
     if peak_bytes <= 0:
         return ()
@@ -103,13 +104,13 @@ def advise(report: MemoryReport, failed_bytes: int | None = None) -> tuple[Advic
     else:
         fits = failed_bytes
         weighed.sort(key=lambda item: (0, item[0].cost, -item[1]) if item[1] >= fits else (1, 0, -item[1]))
-    lines = [Advice(_what_holds(report, failed_bytes), None)]
+    lines = [Advice(_what_holds(report, before, failed_bytes), None)]
     for option, saved in weighed:
         after_bytes, phase = _highest(option.change(before))
-        text = (
-            f"{option.text} Saves {format_bytes(saved)}, {format_share(saved, peak_bytes)}: "
-            f"the peak would be {format_bytes(after_bytes)}{_in(phase)}."
-        )
+        left = f"{format_bytes(after_bytes)} would be in use"
+        if failed_bytes is None:
+            left = f"the peak would be {format_bytes(after_bytes)}{_in(phase)}"
+        text = f"{option.text} Saves {format_bytes(saved)}, {format_share(saved, peak_bytes)}: {left}."
         if failed_bytes is not None and saved >= failed_bytes:
             text += f" That makes room for the {format_bytes(failed_bytes)} that failed."
         lines.append(Advice(text, saved))
@@ -120,6 +121,12 @@ def _phases(report: MemoryReport) -> Phases:
     if report.phases:
         return {name: phase.categories for name, phase in report.phases.items()}
     return {"": report.categories}
+
+
+def _moment(report: MemoryReport) -> Phases:
+    """The peak alone, where that is the moment at which memory ran out: lowering any other makes no room there."""
+    phase = next((name for name, phase in report.phases.items() if phase.peak_bytes == report.peak_bytes), "")
+    return {phase: report.categories}
 
 
 def _highest(phases: Phases) -> tuple[int, str]:
@@ -162,9 +169,9 @@ def _together(weighed: list[tuple[_Option, int]], before: Phases) -> tuple[_Opti
 # -- what holds the peak -------------------------------------------------------------------------------------------
 
 
-def _what_holds(report: MemoryReport, failed_bytes: int | None) -> str:
-    peak_bytes, phase = _highest(_phases(report))
-    categories = sorted(_phases(report)[phase].items(), key=lambda item: -item[1])
+def _what_holds(report: MemoryReport, before: Phases, failed_bytes: int | None) -> str:
+    peak_bytes, phase = _highest(before)
+    categories = sorted(before[phase].items(), key=lambda item: -item[1])
     parts = [
         f"{category.value.replace('_', ' ')} {format_share(size, peak_bytes)}"
         for category, size in categories[:3]
@@ -298,9 +305,8 @@ def _stored(form: _Format, trained: int, weight_bytes: int, fp32_share: float) -
     def change(phases: Phases) -> dict[str, dict[Category, int]]:
         after = {}
         for name, categories in phases.items():
-            computing = name != _OPTIMIZER_STEP
             factors = {Category.WEIGHTS: narrower, Category.GRADIENTS: narrower * form.gradients_kept}
-            if computing:
+            if name not in _NOT_COMPUTING:
                 factors |= {Category.ACTIVATIONS: halved, Category.TEMPORARIES: halved}
             after[name] = _scaled(categories, factors)
             after[name][Category.MASTER_WEIGHTS] = round(form.master_bytes * trained)
@@ -365,7 +371,7 @@ def _smaller_batch(report: MemoryReport) -> list[_Option]:
 
     def change(phases: Phases) -> dict[str, dict[Category, int]]:
         return {
-            name: dict(categories) if name == _OPTIMIZER_STEP else _scaled(categories, scale)
+            name: dict(categories) if name in _NOT_COMPUTING else _scaled(categories, scale)
             for name, categories in phases.items()
         }
 

@@ -257,6 +257,16 @@ def test_out_of_memory_says_first_what_would_make_room() -> None:
     assert "Half the batch" not in said(report)
 
 
+def test_out_of_memory_is_about_that_moment_and_no_other_phase() -> None:
+    # Memory ran out early in backward, lower than forward had been: what is saved is saved there.
+    report = transformer(12)
+    moment = {Category.WEIGHTS: 12 * MIB, Category.ACTIVATIONS: 400 * MIB, Category.OPTIMIZER_STATE: 24 * MIB}
+    low = dataclasses.replace(report, peak_bytes=436 * MIB, categories=moment)
+    advice = find(advise(low, failed_bytes=MIB), "Half the batch")
+    assert advice.saves_bytes == 200 * MIB
+    assert "236.00 MiB would be in use" in advice.text
+
+
 def test_a_report_of_nothing_is_no_reason_for_advice() -> None:
     assert advise(MemoryReport.from_recording(Recording("cpu", 0))) == ()
     no_phases = dataclasses.replace(transformer(), phases={}, forwards={}, modules={})

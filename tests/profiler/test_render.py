@@ -38,6 +38,14 @@ def test_words() -> None:
     assert printable("a\x1b[31m\nb\ud800") == "a?[31m?b?"
 
 
+def test_when_memory_ran_out_the_advice_is_how_to_make_room() -> None:
+    out = io.StringIO()
+    print_report(transformer(), Console(file=out, width=100), failed_bytes=300 * MIB)
+    text = " ".join(out.getvalue().split())
+    assert "300.00 MiB more were asked for" in text
+    assert "makes room for the 300.00 MiB that failed" in text
+
+
 def printed(report: MemoryReport, width: int, *, full: bool = False) -> list[str]:
     out = io.StringIO()
     print_report(report, Console(file=out, width=width, color_system=None), full=full)
