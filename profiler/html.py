@@ -37,7 +37,8 @@ def render_html(reports: Sequence[MemoryReport], names: Sequence[str]) -> str:
         parts.append(f'<section class="card compare"><h2>Side by side</h2>{_comparison(reports, names)}</section>')
     articles = (_report(report, name, highest, highest_phase) for report, name in zip(reports, names, strict=True))
     parts.append(f'<div class="reports">{"".join(articles)}</div>')
-    return page(f"Memory: {', '.join(map(printable, names))}", "\n".join(parts))
+    kind = ' class="alone"' if len(reports) == 1 else ""
+    return page(f"Memory: {', '.join(map(printable, names))}", f"<main{kind}>{''.join(parts)}</main>")
 
 
 def _text(value: object) -> str:

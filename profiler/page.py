@@ -24,6 +24,7 @@ p { margin: .3rem 0; }
 .reports { display: grid; gap: 1.2rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr));
   align-items: start; margin-top: 1.2rem; }
 .reports > .card { container-type: inline-size; max-width: 62rem; }
+.alone { max-width: 62rem; margin: 0 auto; }
 .card > .bar { margin-bottom: .7rem; }
 .peak { font-size: 2.1rem; font-weight: 600; letter-spacing: -.02em; line-height: 1.2; margin: .5rem 0 .6rem; }
 .peak small { font-size: .9rem; font-weight: 400; color: var(--soft); letter-spacing: 0; }

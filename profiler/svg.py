@@ -10,7 +10,7 @@ from .report import MemoryReport
 from .timeline import COLORS, phase_spans, used_categories
 from .words import format_bytes, in_words, spoken, unit_of
 
-_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 720, 250, 46, 24, 22
+_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 720, 250, 54, 24, 22
 _CHARACTER = 6.6
 """Width of one, of the labels."""
 
