@@ -6,6 +6,7 @@ replayed elsewhere.
 """
 
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from .figures import AllocatorHealth, Duplicate, ModuleForward
 
 TRACE_FORMAT = "lightning-mpt-memory-trace"
 TRACE_VERSION = 2
+TRACE_LIMIT_BYTES = 4 << 30
+"""No trace is larger. What is larger is something else, and is not read into memory."""
 
 
 class Event(NamedTuple):
@@ -149,21 +152,42 @@ class Recording:
         )
 
 
-def read_versioned(path: str | Path, format_name: str, version: int, what: str) -> dict[str, Any]:
-    """The JSON object in `path`, if it says that it is a `format_name` of this `version`; else ValueError."""
+def read_versioned(
+    path: str | Path, format_name: str, version: int, what: str, limit_bytes: int = TRACE_LIMIT_BYTES
+) -> dict[str, Any]:
+    """The JSON object in `path`, if it says that it is a `format_name` of this `version`; else ValueError.
+
+    A file above `limit_bytes` is refused before it is read, and a stream that gives more is read no further.
+    """
+    with Path(path).open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(limit_bytes + 1) if size <= limit_bytes else b""
+    if size > limit_bytes or len(data) > limit_bytes:
+        raise ValueError(
+            f"{path} has {max(size, len(data)):,} bytes or more, and the limit is {limit_bytes:,}: expected {what}."
+        )
+    if not data.strip():
+        raise ValueError(f"{path} is empty; expected {what}.")
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = json.loads(data.decode("utf-8-sig"))
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply; expected {what}.") from error
+    except ValueError as error:  # no UTF-8, no JSON, or a number of thousands of digits
         raise ValueError(f"{path} is not JSON ({error}); expected {what}.") from error
     found = content.get("format") if isinstance(content, dict) else None
     if found != format_name:
-        raise ValueError(f"{path} holds {found!r}, not {format_name!r}; expected {what}.")
+        raise ValueError(f"{path} holds {_short(found)}, not {format_name!r}; expected {what}.")
     if content.get("version") != version:
         raise ValueError(
-            f"{path} has version {content.get('version')!r} of {format_name}, and this package reads version "
+            f"{path} has version {_short(content.get('version'))} of {format_name}, and this package reads version "
             f"{version}: read it with the version of lightning-mpt that wrote it."
         )
     return content
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
 def _plain(recording: Recording) -> dict[str, Any]:

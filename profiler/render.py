@@ -1,126 +1,142 @@
-"""How a report looks: rich tables. The only place that knows GiB; it measures nothing."""
+"""How a report looks in a terminal: which tables, in which order. It measures nothing."""
+
+from collections.abc import Iterable
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from .advisor import advise
 from .category import Category
 from .report import Comparison, MemoryReport
+from .tables import (
+    STYLES,
+    ByWidth,
+    advice_table,
+    blank_or_bytes,
+    category_table,
+    duplicates_line,
+    duplicates_table,
+    health_table,
+    module_table,
+    new_table,
+    notes_text,
+    phase_table,
+    tensor_table,
+)
+from .words import count_of, format_bytes, format_share, printable
 
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
-_PER_PARAMETER = (Category.WEIGHTS, Category.MASTER_WEIGHTS, Category.GRADIENTS, Category.OPTIMIZER_STATE)
-"""What grows with the number of parameters, so that bytes per parameter say something."""
-_STYLES = {Category.UNATTRIBUTED: "yellow", Category.ROUNDING: "dim"}
+__all__ = ["format_bytes", "print_comparison", "print_report", "render_comparison", "render_report", "report_text"]
+
+_SHORT_MODULES, _MODULES = 6, 14
+_TENSORS = _DUPLICATES = 10
+_SHORT_ADVICE, _ADVICE = 3, 5
 
 
-def format_bytes(size: int) -> str:
-    """`size` bytes in the largest unit of which there is at least one: '1.50 GiB'."""
-    value, unit = float(size), 0
-    while abs(value) >= 1024 and unit < len(_UNITS) - 1:
-        value, unit = value / 1024, unit + 1
-    return f"{size} B" if unit == 0 else f"{value:.2f} {_UNITS[unit]}"
+def render_report(report: MemoryReport, *, full: bool = False, failed_bytes: int | None = None) -> RenderableType:
+    """Categories at the peak, phases, modules, notes and advice; with `full` tensors, and more of the rest.
 
-
-def render_report(report: MemoryReport) -> RenderableType:
-    """The whole report: categories at the peak, and the peak of every phase."""
-    parts: list[RenderableType] = [_heading(report), _category_table(report)]
+    Where memory ran out, `failed_bytes` is the request that failed, and the advice is how to make room for it.
+    """
+    parts: list[RenderableType | None] = [heading(report), category_table(report)]
     if report.phases:
-        parts.append(_phase_table(report))
-    return Group(*parts)
+        parts.append(phase_table(report))
+    parts.append(module_table(report, _MODULES if full else _SHORT_MODULES))
+    if full:
+        parts += [tensor_table(report, _TENSORS), duplicates_table(report.duplicates, _DUPLICATES)]
+        if report.health is not None:
+            parts.append(health_table(report.health))
+    else:
+        parts.append(duplicates_line(report.duplicates))
+    parts.append(notes_text(report.notes))
+    parts.append(advice_table(advise(report, failed_bytes), _ADVICE if full else _SHORT_ADVICE))
+    return Group(*_apart(part for part in parts if part is not None))
 
 
 def render_comparison(comparison: Comparison) -> RenderableType:
-    """Reports side by side, and what each saves against the first."""
-    reports = comparison.reports
-    names = [*comparison.names, *(f"report {i + 1}" for i in range(len(comparison.names), len(reports)))]
-    table = Table(title="Memory at the peak", title_justify="left", title_style="bold")
-    table.add_column("category", no_wrap=True)
-    for name in names[: len(reports)]:
-        table.add_column(name, justify="right", overflow="fold")
+    """Reports side by side, and what each saves against the first: in all, and of every category.
+
+    Where they do not fit beside each other, there are several tables, each with the first report in it.
+    """
+
+    def make(width: int) -> RenderableType:
+        base, *others = comparison_names(comparison)
+        columns = max(1, (width - _NAME_WIDTH - _SIZE_WIDTH) // (_SIZE_WIDTH + _SAVED_WIDTH))
+        starts = range(0, max(len(others), 1), columns)
+        return Group(*_apart(_side_by_side(comparison, base, others, start, columns) for start in starts))
+
+    return ByWidth(make)
+
+
+_NAME_WIDTH, _SIZE_WIDTH, _SAVED_WIDTH = 16, 12, 9
+
+
+def _side_by_side(comparison: Comparison, base: str, others: list[str], start: int, columns: int) -> Table:
+    reports = [comparison.reports[0], *comparison.reports[1 + start : 1 + start + columns]]
+    headings = [base]
+    for name in others[start : start + columns]:
+        headings += [name, "saved"]
+    table = new_table("category", *headings, title="Memory at the peak" if start == 0 else None)
     for category in Category:
         sizes = [report.categories.get(category, 0) for report in reports]
         if any(sizes):
-            table.add_row(category.value, *map(_format_or_blank, sizes), style=_STYLES.get(category))
+            table.add_row(category.value, *_with_savings(sizes, reports[0].peak_bytes), style=STYLES.get(category))
     table.add_section()
-    table.add_row("peak", *(format_bytes(report.peak_bytes) for report in reports), style="bold")
-    base = reports[0].peak_bytes
-    if base:
-        savings = ["", *(f"{(base - report.peak_bytes) / base:.1%}" for report in reports[1:])]
-        table.add_row("saved", *savings, style="bold green")
+    peaks = [report.peak_bytes for report in reports]
+    table.add_row("peak", *_with_savings(peaks, peaks[0], "green"), style="bold")
     return table
 
 
-def print_report(report: MemoryReport, console: Console | None = None) -> None:
-    (console or Console()).print(render_report(report))
+def _with_savings(sizes: list[int], peak_bytes: int, style: str = "") -> list[Text]:
+    """The base's size; then of each other the size, and what it saves of the base's peak: so a column adds up."""
+    cells = [Text(blank_or_bytes(sizes[0]))]
+    for size in sizes[1:]:
+        saved = format_share(sizes[0] - size, peak_bytes)
+        if saved in ("0.0%", "-0.0%"):
+            saved = ""
+        cells += [Text(blank_or_bytes(size)), Text(saved, style if sizes[0] >= size else "red")]
+    return cells
+
+
+def comparison_names(comparison: Comparison) -> list[str]:
+    """A name for every report: those given, and numbers for the rest."""
+    count = len(comparison.reports)
+    numbered = [f"report {i + 1}" for i in range(len(comparison.names), count)]
+    return [printable(name) for name in (*comparison.names, *numbered)][:count]
+
+
+def print_report(
+    report: MemoryReport, console: Console | None = None, *, full: bool = False, failed_bytes: int | None = None
+) -> None:
+    (console or Console()).print(render_report(report, full=full, failed_bytes=failed_bytes))
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
     (console or Console()).print(render_comparison(comparison))
 
 
-def report_text(report: MemoryReport, width: int = 100) -> str:
+def report_text(report: MemoryReport, width: int = 100, *, full: bool = False) -> str:
     """The report as plain text, `width` columns wide."""
     console = Console(width=width, color_system=None, force_terminal=False)
     with console.capture() as capture:
-        console.print(render_report(report))
+        console.print(render_report(report, full=full))
     return capture.get()
 
 
-def _heading(report: MemoryReport) -> Text:
-    steps = f"{report.steps} step" + ("s" if report.steps != 1 else "")
-    text = Text.assemble(("Memory at the peak", "bold"), f" on {report.device}, {steps} recorded")
+def heading(report: MemoryReport) -> Text:
+    """What the figures are of."""
+    text = Text.assemble(("Memory at the peak", "bold"), f" on {printable(report.device)}")
+    text.append(f", {count_of(report.steps, 'step')} recorded")
     if report.reserved_bytes is not None:
         text.append(f", {format_bytes(report.reserved_bytes)} reserved")
+    if report.optimizers:
+        text.append(f", {', '.join(map(printable, report.optimizers))}")
     return text
 
 
-def _category_table(report: MemoryReport) -> Table:
-    table = _table("category", "memory", "share", "bytes per parameter")
-    model = 0
-    for category in Category:
-        size = report.categories.get(category, 0)
-        per_parameter = ""
-        if category in _PER_PARAMETER:
-            model += size
-            per_parameter = _per_parameter(size, report)
-        if size:
-            cells = (category.value, format_bytes(size), _share(size, report), per_parameter)
-            table.add_row(*cells, style=_STYLES.get(category))
-    table.add_section()
-    table.add_row("peak", format_bytes(report.peak_bytes), _share(report.peak_bytes, report), "", style="bold")
-    if report.parameters:
-        cells = ("model state of it", format_bytes(model), _share(model, report), _per_parameter(model, report))
-        table.add_row(*cells, style="dim")
-    return table
-
-
-def _phase_table(report: MemoryReport) -> Table:
-    table = _table("phase peaks", *(name.replace("_", " ") for name in report.phases))
-    phases = report.phases.values()
-    for category in Category:
-        sizes = [phase.categories.get(category, 0) for phase in phases]
-        if any(sizes):
-            table.add_row(category.value, *map(_format_or_blank, sizes), style=_STYLES.get(category))
-    table.add_section()
-    table.add_row("peak", *(format_bytes(phase.peak_bytes) for phase in phases), style="bold")
-    return table
-
-
-def _table(first: str, *rest: str) -> Table:
-    table = Table()
-    table.add_column(first, no_wrap=True)
-    for heading in rest:
-        table.add_column(heading, justify="right", min_width=9)
-    return table
-
-
-def _format_or_blank(size: int) -> str:
-    return format_bytes(size) if size else ""
-
-
-def _share(size: int, report: MemoryReport) -> str:
-    return f"{size / report.peak_bytes:.1%}" if report.peak_bytes else ""
-
-
-def _per_parameter(size: int, report: MemoryReport) -> str:
-    return f"{size / report.parameters:.2f}" if report.parameters else ""
+def _apart(parts: Iterable[RenderableType]) -> list[RenderableType]:
+    """The parts, with an empty line between one and the next."""
+    spaced: list[RenderableType] = []
+    for part in parts:
+        spaced += ["", part] if spaced else [part]
+    return spaced

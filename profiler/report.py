@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from .category import Category
+from .decode import decode
 from .figures import AllocatorHealth, Duplicate, ModuleForward, PhasePeak, TensorUse, TimelinePoint
 from .ledger import Ledger, replay
 from .recording import Recording, read_versioned
 
 REPORT_FORMAT = "lightning-mpt-memory-report"
 REPORT_VERSION = 2
+REPORT_LIMIT_BYTES = 64 << 20
+"""Reports are small: one of ten thousand modules has some ten MiB."""
 LARGEST_TENSORS = 50
+DEEPEST = 200
+"""Levels of modules."""
 
 
 @dataclass(frozen=True)
@@ -129,50 +134,20 @@ class MemoryReport:
     @classmethod
     def load(cls, path: str | Path) -> "MemoryReport":
         """Read what `save` wrote. Raises ValueError where `path` holds something else, or another version of it."""
-        content = read_versioned(path, REPORT_FORMAT, REPORT_VERSION, "a report that MemoryReport.save wrote")
-        return cls(
-            device=content["device"],
-            peak_bytes=content["peak_bytes"],
-            reserved_bytes=content["reserved_bytes"],
-            categories=_categories(content["categories"]),
-            phases={
-                name: PhasePeak(phase["peak_bytes"], _categories(phase["categories"]))
-                for name, phase in content["phases"].items()
-            },
-            modules={path: _categories(own) for path, own in content["modules"].items()},
-            tensors=tuple(
-                TensorUse(
-                    tensor["bytes"],
-                    Category(tensor["category"]),
-                    tensor["module"],
-                    None if tensor["shape"] is None else tuple(tensor["shape"]),
-                    tensor["dtype"],
-                    tensor["phase"],
-                )
-                for tensor in content["tensors"]
-            ),
-            duplicates=tuple(
-                Duplicate(double["module"], tuple(double["shape"]), tuple(double["dtypes"]), double["bytes"])
-                for double in content["duplicates"]
-            ),
-            timeline=tuple(
-                TimelinePoint(at["time_ns"], at["phase"], at["bytes"], _categories(at["categories"]))
-                for at in content["timeline"]
-            ),
-            parameters=content["parameters"],
-            steps=content["steps"],
-            forwards={path: ModuleForward(**forward) for path, forward in content["forwards"].items()},
-            activation_dtypes=content["activation_dtypes"],
-            optimizers=tuple(content["optimizers"]),
-            health=None if content["health"] is None else AllocatorHealth(**content["health"]),
-            notes=tuple(content["notes"]),
-        )
+        what = "a report that MemoryReport.save wrote"
+        content = read_versioned(path, REPORT_FORMAT, REPORT_VERSION, what, REPORT_LIMIT_BYTES)
+        try:
+            report = decode(cls, content)
+            _check(report)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; expected {what}.") from error
+        return report
 
-    def print(self) -> None:
-        """Print the table to the terminal."""
+    def print(self, *, full: bool = False) -> None:
+        """Print the tables to the terminal; with `full` the largest tensors, duplicates and more of the rest."""
         from .render import print_report
 
-        print_report(self)
+        print_report(self, full=full)
 
     def compare(self, *others: "MemoryReport", names: Iterable[str] = ()) -> "Comparison":
         """This report as the base, beside `others`: what they save against it."""
@@ -201,6 +176,16 @@ class Comparison:
         from .render import print_comparison
 
         print_comparison(self)
+
+
+def _check(report: MemoryReport) -> None:
+    """Raise ValueError where the figures, each of the right type, make no sense."""
+    for name in ("peak_bytes", "parameters", "steps"):
+        if (value := getattr(report, name)) < 0:
+            raise ValueError(f"{name} is {value}, not 0 or more")
+    for paths in (report.modules, report.forwards, report.activation_dtypes):
+        if deep := next((path for path in paths if path.count(".") > DEEPEST), None):
+            raise ValueError(f"the module {deep[:40]!r}... is more than {DEEPEST} levels deep")
 
 
 def _modules(ledger: Ledger) -> dict[str, dict[Category, int]]:
@@ -238,7 +223,3 @@ def _largest(ledger: Ledger) -> tuple[TensorUse, ...]:
 
 def _keys(categories: Mapping[Category, int]) -> dict[str, int]:
     return {category.value: size for category, size in categories.items()}
-
-
-def _categories(content: Mapping[str, int]) -> dict[Category, int]:
-    return {Category(name): size for name, size in content.items()}

@@ -1,13 +1,17 @@
 """What the tables say, and that they fit."""
 
+import dataclasses
 import io
 
 import pytest
+from reports import MIB, transformer
 from rich.console import Console
 
-from lightning_mpt.profiler import MemoryReport
+from lightning_mpt.profiler import MemoryReport, TensorUse
+from lightning_mpt.profiler.category import Category
 from lightning_mpt.profiler.recording import Recording
-from lightning_mpt.profiler.render import format_bytes, print_comparison, print_report, report_text
+from lightning_mpt.profiler.render import print_comparison, print_report, report_text
+from lightning_mpt.profiler.words import count_of, format_bytes, format_shape, format_share, printable
 
 from .test_report import training_step
 
@@ -27,22 +31,39 @@ def test_format_bytes(size: int, text: str) -> None:
     assert format_bytes(size) == text
 
 
-def shown(width: int, *, compare: bool = False) -> list[str]:
-    report = MemoryReport.from_recording(training_step())
+def test_words() -> None:
+    assert [format_share(1, 3), format_share(1, 0)] == ["33.3%", ""]
+    assert [format_shape((2, 3)), format_shape(()), format_shape(None)] == ["2x3", "scalar", ""]
+    assert [count_of(1, "step"), count_of(2, "step")] == ["1 step", "2 steps"]
+    assert printable("a\x1b[31m\nb\ud800") == "a?[31m?b?"
+
+
+def test_when_memory_ran_out_the_advice_is_how_to_make_room() -> None:
     out = io.StringIO()
-    console = Console(file=out, width=width, color_system=None)
-    if compare:
-        names = ["32-true", "a-precision-with-a-rather-long-name"]
-        smaller = MemoryReport.from_recording(training_step(own_peak=4608))
-        print_comparison(report.compare(smaller, names=names), console)
-    else:
-        print_report(report, console)
+    print_report(transformer(), Console(file=out, width=100), failed_bytes=300 * MIB)
+    text = " ".join(out.getvalue().split())
+    assert "300.00 MiB more were asked for" in text
+    assert "makes room for the 300.00 MiB that failed" in text
+
+
+def printed(report: MemoryReport, width: int, *, full: bool = False) -> list[str]:
+    out = io.StringIO()
+    print_report(report, Console(file=out, width=width, color_system=None), full=full)
+    return out.getvalue().splitlines()
+
+
+def compared(width: int, *peaks: int) -> list[str]:
+    """Reports beside one of 6000 bytes."""
+    out = io.StringIO()
+    base, *others = [MemoryReport.from_recording(training_step(own_peak=peak)) for peak in (6000, *peaks)]
+    names = ["32-true", "a-precision-with-a-rather-long-name"]
+    print_comparison(base.compare(*others, names=names), Console(file=out, width=width, color_system=None))
     return out.getvalue().splitlines()
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])
 def test_the_table_fits_and_says_what_matters(width: int) -> None:
-    lines = shown(width)
+    lines = printed(MemoryReport.from_recording(training_step()), width)
     assert max(map(len, lines)) <= width
     text = "\n".join(lines)
     assert "…" not in text
@@ -52,14 +73,89 @@ def test_the_table_fits_and_says_what_matters(width: int) -> None:
     assert "reserved" in text
 
 
+@pytest.mark.parametrize("width", [60, 100, 200])
+@pytest.mark.parametrize("full", [False, True])
+def test_the_whole_report_fits_and_loses_no_word(width: int, full: bool) -> None:
+    lines = printed(transformer(), width, full=full)
+    assert max(map(len, lines)) <= width
+    text = " ".join(" ".join(lines).split())
+    assert "…" not in text
+    for said in ("net.h.* x12", "attn", "mlp", "480.00 MiB", "note: Two modules could not be told apart.", "1. "):
+        assert said in text, said
+    for said in ("20.00 MiB", "8x256x512", "bfloat16", "library workspaces", "net.h.0.attn", "4. "):
+        assert (said in text) == full, said
+    assert ("in the smaller copies" in text) != full
+
+
+def test_short_reports_give_three_lines_of_advice_and_full_ones_five() -> None:
+    numbers = [[f"{i}." for i in range(1, 9) if any(line.startswith(f"{i}. ") for line in lines)] for lines in (
+        printed(transformer(), 100), printed(transformer(), 100, full=True))]  # fmt: skip
+    assert numbers == [["1.", "2.", "3."], ["1.", "2.", "3.", "4.", "5."]]
+
+
+def test_modules_show_what_they_hold_in_columns() -> None:
+    text = "\n".join(printed(transformer(), 200))
+    (line,) = [line for line in text.splitlines() if line.startswith("net.h.*")]
+    assert line.split() == ["net.h.*", "x12", "480.00", "MiB", "12.00", "MiB", "24.00", "MiB", "516.00", "MiB"]
+
+
+@pytest.mark.parametrize("width", [60, 200])
+@pytest.mark.parametrize("full", [False, True])
+def test_names_are_shown_as_they_are_and_command_no_terminal(width: int, full: bool) -> None:
+    name = "[red]a[/red]\x1b[2J" + ".deep" * 40
+    report = transformer(
+        device="cuda:\x1b]0;x\x07",
+        modules={name: {Category.ACTIVATIONS: 400 * MIB}},
+        tensors=(TensorUse(MIB, Category.ACTIVATIONS, name, (1,), "[b]", "\x1b[1m"),),
+        notes=("\x1b[5m[blink]",),
+    )
+    lines = printed(report, width, full=full)
+    assert max(map(len, lines)) <= width
+    text = "".join("".join(lines).split())
+    assert "\x1b" not in text
+    assert "[red]a" in text
+    assert "[blink]" in text
+
+
 @pytest.mark.parametrize("width", [60, 200])
 def test_reports_side_by_side(width: int) -> None:
-    lines = shown(width, compare=True)
+    lines = compared(width, 4608)
     assert max(map(len, lines)) <= width
     text = "\n".join(lines)
     assert "32-true" in text
     assert "23.2%" in text  # 1392 of 6000 bytes saved
 
 
+def test_what_is_saved_adds_up() -> None:
+    (unnamed,) = [line for line in compared(80, 4608) if line.startswith("unattributed")]
+    assert unnamed.split()[-1] == "23.2%", "all of it is in what has no name"
+    assert "-33.3%" in "\n".join(compared(80, 8000))
+
+
+@pytest.mark.parametrize("width", [60, 120])
+def test_more_reports_than_fit_are_shown_in_turn(width: int) -> None:
+    lines = compared(width, 5000, 4000, 3000, 2000, 1000)
+    assert max(map(len, lines)) <= width
+    text = "\n".join(lines)
+    for saved in ("16.7%", "33.3%", "50.0%", "66.7%", "83.3%"):
+        assert saved in text
+    tables = sum(line.startswith("category") for line in lines)
+    assert tables == (5 if width == 60 else 2)
+
+
+def test_a_report_compared_with_none_is_shown() -> None:
+    assert any(line.startswith("peak") for line in compared(60))
+
+
 def test_an_empty_report_can_be_shown() -> None:
-    assert "peak" in report_text(MemoryReport.from_recording(Recording("cpu", 0)))
+    empty = MemoryReport.from_recording(Recording("cpu", 0))
+    for full in (False, True):
+        assert "peak" in report_text(empty, full=full)
+
+
+def test_printing_goes_to_standard_output(capsys: pytest.CaptureFixture) -> None:
+    report = dataclasses.replace(transformer(), steps=1)
+    report.print()
+    assert "1 step recorded" in capsys.readouterr().out
+    report.print(full=True)
+    assert "largest" in capsys.readouterr().out
