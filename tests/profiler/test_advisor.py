@@ -20,7 +20,8 @@ from lightning_mpt.profiler.recording import Recording
 from .test_plugin import GPT2
 
 PREDICTED = 0.10
-"""Of the measured peak: by how much a predicted one may be off. 0.043 was the worst seen."""
+"""Of the measured peak: by how much a predicted one may be off. On the same network with longer batches checkpointing,
+which is told from the peak alone, was off by 4 %, formats by less."""
 
 
 def find(advice: tuple[Advice, ...], *said: str) -> Advice:
