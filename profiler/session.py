@@ -61,7 +61,12 @@ class Session:
         self.active = True
 
     def open_step(self, *, counted: bool = True) -> None:
-        """A step begins. One that is not counted is followed for what it leaves alive, and for the steps after it."""
+        """A step begins. One that is not counted is followed for what it leaves alive, and for the steps after it.
+
+        Does nothing where one is open: of data of unknown length Lightning fetches the next batch before each.
+        """
+        if self._opened_ns is not None:
+            return
         self._source.reset_peak()
         self._opened_ns = now_ns()
         self._counted = counted

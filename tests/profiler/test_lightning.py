@@ -273,8 +273,11 @@ def test_the_end_of_data_of_unknown_length_ends_no_recording(tmp_path: Any) -> N
             return iter([(torch.ones(32, 64), torch.zeros(32, dtype=torch.long))] * 2)
 
     profiler = MemoryProfiler(warmup_steps=1, steps=4)
-    trainer(profiler, tmp_path, max_epochs=4).fit(Classifier(), DataLoader(Stream(), batch_size=None))
+    built = trainer(profiler, tmp_path, max_epochs=4)
+    callbacks, module = len(built.callbacks), Classifier()
+    built.fit(module, DataLoader(Stream(), batch_size=None))
     assert profiler.report.steps == 4
+    assert_all_is_off(module, built, callbacks)
 
 
 def test_an_exception_that_is_caught_before_the_recording_does_not_prevent_it(tmp_path: Any) -> None:
