@@ -96,7 +96,7 @@ def unknowns(module: nn.Module) -> list[str]:
 
 
 def _dropout(input: Tensor, p: float, train: bool) -> Tensor:
-    """Dropout keeps a mask of a byte an element, not the noise in the input's type (aten/src/ATen/native/Dropout.cpp)."""
+    """Dropout keeps a mask of a byte an element, not noise in the input's type (aten/src/ATen/native/Dropout.cpp)."""
     if train and 0 < p < 1 and input.numel():
         return torch.native_dropout(input, p, train)[0]
     result: Tensor = aten.dropout.default.decompose(input, p, train)
@@ -146,14 +146,14 @@ def _attention(
     if fused and same_heads and bytes_of_width % 16 == 0 and query.dtype in (*HALF, torch.float32):
         mask = None if attn_mask is None else _mask(attn_mask, query, key)
         needs_grad = any(part.requires_grad for part in (query, key, value)) and torch.is_grad_enabled()
-        output = aten._scaled_dot_product_efficient_attention(
+        output, *_ = aten._scaled_dot_product_efficient_attention(
             query, key, value, mask, needs_grad, dropout_p, is_causal, scale=scale
-        )[0]
+        )
         return output
     mask = None if attn_mask is None else _as_bias(attn_mask, query.dtype)
-    output = aten._scaled_dot_product_attention_math(
+    output, _ = aten._scaled_dot_product_attention_math(
         query, key, value, mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
-    )[0]
+    )
     return output
 
 

@@ -4,14 +4,16 @@ The Trainer, its precision plugin and the optimizer are the real ones, so their 
 order in which they would. Only the strategy's teardown is left out, which would move a fake module about.
 """
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
@@ -26,6 +28,7 @@ from typing_extensions import override
 from ..lightning import MemoryProfiler
 from ..recording import Recording
 from ..report import MemoryReport
+from .devices import CUDA, Device
 from .memory import DataDependent, FakeCopies, FakeMemory
 
 STEPS = 2
@@ -53,40 +56,34 @@ class Trial:
     def run(
         self,
         trainer_arguments: Callable[[], Mapping[str, Any]],
+        device: Device = CUDA,
         *,
-        block_bytes: int = 1,
-        workspace_bytes: int = 0,
         batch_size: int | None = None,
-        device: str = "cpu",
-        kernels: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        prepare: Callable[[pl.Trainer], None] | None = None,
     ) -> MemoryReport:
         """The report of one step.
 
         Args:
-            trainer_arguments: makes what the Trainer is given beside what a trial needs: the precision.
-            block_bytes: of the allocator that is imagined.
-            workspace_bytes: of a library, allocated once and kept.
+            trainer_arguments: makes what the Trainer is given beside what a trial needs: the precision, clipping.
+            device: the one to imagine.
             batch_size: cut or repeat the batch to that many samples; None for the size that it has.
-            device: what the report says was recorded.
-            kernels: a context in which operations have the results that they have on another device.
-            prepare: is given the Trainer when its optimizers are there, before the first step.
 
         Raises:
             EstimateError: the step needs values that only a run on a device has.
         """
-        memory = FakeMemory(block_bytes, workspace_bytes)
-        profiler = _TrialProfiler(memory, prepare)
+        memory = FakeMemory(device.block_bytes, device.workspace_bytes)
+        given = dict(trainer_arguments())
+        profiler = _TrialProfiler(memory, device, given.get("accumulate_grad_batches", 1))
         try:
             with ExitStack() as stack:
                 stack.enter_context(warnings.catch_warnings())
                 warnings.simplefilter("ignore")
+                stack.enter_context(_quiet())
                 stack.enter_context(_default_dtype_kept())
-                stack.enter_context(kernels())
+                stack.enter_context(device.kernels())
                 stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
                 stack.enter_context(memory)
                 stack.enter_context(FakeCopies())
-                self._fit(profiler, trainer_arguments, batch_size)
+                self._fit(profiler, given, batch_size)
         except (DataDependent, DataDependentOutputException, DynamicOutputShapeException) as error:
             raise EstimateError(
                 f"{_reason(error)}, which fake tensors cannot tell: run `lightning-mpt compare` on a device"
@@ -94,17 +91,15 @@ class Trial:
         recording = profiler.recording
         if recording is None:
             raise EstimateError("no training step was run: the training ended before the second batch")
-        recording.device = f"{device} (estimated)"
-        recording.notes += _notes(memory)
+        recording.device = f"{device.name} (estimated)"
+        recording.notes += [*profiler.device_notes, *_guesses(memory)]
         return MemoryReport.from_recording(_owned_alone(recording))
 
-    def _fit(
-        self, profiler: "_TrialProfiler", trainer_arguments: Callable[[], Mapping[str, Any]], batch_size: int | None
-    ) -> None:
+    def _fit(self, profiler: "_TrialProfiler", given: Mapping[str, Any], batch_size: int | None) -> None:
         module = self._make_module()
         module._apply = partial(_apply_in_place, module)
         data = self._data
-        owner = data if isinstance(data, pl.LightningDataModule) else module if data is None else None
+        owner: Any = data if isinstance(data, pl.LightningDataModule) else module if data is None else None
         trainer = pl.Trainer(
             accelerator="cpu",
             strategy=_FakeStrategy(torch.device("cpu")),
@@ -116,20 +111,25 @@ class Trial:
             enable_progress_bar=False,
             enable_model_summary=False,
             profiler=profiler,
-            **trainer_arguments(),
+            callbacks=[_Logger()],
+            **given,
         )
         if owner is None:
-            trainer.fit(module, _FakeBatches(self._first_batch(lambda: data), batch_size))
+            trainer.fit(module, _FakeBatches(self._first_batch(lambda: data), batch_size, profiler.batches))
             return
         loader = owner.train_dataloader
-        with _replaced(owner, "train_dataloader", lambda: _FakeBatches(self._first_batch(loader), batch_size)):
+
+        def fake_loader() -> _FakeBatches:
+            return _FakeBatches(self._first_batch(loader), batch_size, profiler.batches)
+
+        with _replaced(owner, "train_dataloader", fake_loader):
             if owner is module:
                 trainer.fit(module)
-            else:  # its data is real
-                with ExitStack() as stack:
-                    for hook in ("prepare_data", "setup"):
-                        stack.enter_context(_replaced(owner, hook, _on_real(getattr(owner, hook))))
-                    trainer.fit(module, datamodule=owner)
+                return
+            with ExitStack() as stack:
+                for hook in ("prepare_data", "setup"):  # its data is real
+                    stack.enter_context(_replaced(owner, hook, _on_real(getattr(owner, hook))))
+                trainer.fit(module, datamodule=owner)
 
     def _first_batch(self, loader: Callable[[], Any]) -> Any:
         if self._batch is None:
@@ -146,16 +146,19 @@ class Trial:
 class _TrialProfiler(MemoryProfiler):
     """Records what happens to memory that is not there, and keeps quiet about it."""
 
-    def __init__(self, memory: FakeMemory, prepare: Callable[[pl.Trainer], None] | None) -> None:
-        super().__init__(warmup_steps=STEPS - 1, steps=1)
+    def __init__(self, memory: FakeMemory, device: Device, accumulated: int) -> None:
+        super().__init__(warmup_steps=(STEPS - 1) * accumulated, steps=accumulated)
+        self.batches = STEPS * accumulated
         self._source = memory
-        self._prepare = prepare
+        self._device = device
         self.recording: Recording | None = None
+        self.device_notes: list[str] = []
 
     @override
     def _new_session(self, trainer: pl.Trainer) -> Any:
-        if self._prepare is not None:
-            self._prepare(trainer)
+        self.device_notes = self._device.notes(trainer.lightning_module)
+        for optimizer in trainer.optimizers:
+            self._device.prepare(optimizer)
         return super()._new_session(trainer)
 
     @override
@@ -170,6 +173,14 @@ class _TrialProfiler(MemoryProfiler):
     def describe(self) -> None: ...
 
 
+class _Logger(pl.Callback):
+    """A module that writes to its logger finds one, that writes nothing."""
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        trainer.loggers = [DummyLogger()]
+
+
 class _FakeStrategy(SingleDeviceStrategy):
     @override
     def teardown(self) -> None:
@@ -179,15 +190,16 @@ class _FakeStrategy(SingleDeviceStrategy):
 class _FakeBatches:
     """The same batch again and again, in new memory each time, as a loader gives it."""
 
-    def __init__(self, batch: Any, batch_size: int | None) -> None:
+    def __init__(self, batch: Any, batch_size: int | None, count: int) -> None:
         self._batch = batch
+        self._count = count
         self._now, self._wanted = (1, 1) if batch_size is None else (_batch_size(batch), batch_size)
 
     def __len__(self) -> int:
-        return STEPS
+        return self._count
 
     def __iter__(self) -> Iterator[Any]:
-        for _ in range(STEPS):
+        for _ in range(self._count):
             yield apply_to_collection(self._batch, Tensor, self._fake)
 
     def _fake(self, tensor: Tensor) -> Tensor:
@@ -217,7 +229,7 @@ def _owned_alone(recording: Recording) -> Recording:
     return recording
 
 
-def _notes(memory: FakeMemory) -> list[str]:
+def _guesses(memory: FakeMemory) -> list[str]:
     if not memory.guesses:
         return []
     first = next(iter(memory.guesses))
@@ -269,10 +281,23 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
+def _quiet() -> Iterator[None]:
+    """What Lightning would say of devices and precisions is not about them here."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
 def _default_dtype_kept() -> Iterator[None]:
     before = torch.get_default_dtype()
     try:
         yield
     finally:
         torch.set_default_dtype(before)
-

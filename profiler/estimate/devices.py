@@ -1,0 +1,36 @@
+"""The devices that a step can be estimated for: how their allocators round, and in what their kernels differ."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from .corrections import BLOCK_BYTES, CUBLAS_WORKSPACE_BYTES, cuda_kernels, cuda_optimizer, unknowns
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device that is imagined.
+
+    Attributes:
+        name: as `torch.device` writes it.
+        block_bytes: its allocator rounds sizes up to a multiple of this.
+        workspace_bytes: of a library, allocated once and kept; 0 for none.
+        kernels: a context in which operations on CPU tensors have this device's results.
+        prepare: is given every optimizer before the first step.
+        notes: what an estimate leaves out, of a module.
+    """
+
+    name: str
+    block_bytes: int = 1
+    workspace_bytes: int = 0
+    kernels: Callable[[], AbstractContextManager[Any]] = nullcontext
+    prepare: Callable[[Optimizer], None] = lambda optimizer: None
+    notes: Callable[[nn.Module], list[str]] = lambda module: []
+
+
+CPU = Device("cpu")
+CUDA = Device("cuda", BLOCK_BYTES, CUBLAS_WORKSPACE_BYTES, cuda_kernels, cuda_optimizer, unknowns)
