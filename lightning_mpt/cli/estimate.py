@@ -111,10 +111,10 @@ def estimate(
     Raises:
         EstimateError: the step needs values that only a run on a device has.
     """
-    from .imagined import DEVICES, imagined_arguments
+    from .imagined import imagined_arguments, imagined_device
 
     return trial.run(
-        lambda: {**(settings or {}), **imagined_arguments(precision)}, DEVICES[device], batch_size=batch_size
+        lambda: {**(settings or {}), **imagined_arguments(precision)}, imagined_device(device), batch_size=batch_size
     )
 
 

@@ -1,7 +1,7 @@
 """This package's own part of an estimate: what its precisions and its CUDA kernel need, told without a device."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -11,11 +11,11 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .. import cross_entropy
+from .. import cross_entropy, masters, pieces
 from ..base import MasterOptimizer
 from ..kernels.slots import Slot
 from ..precisions import trainer_arguments
-from ..profiler.estimate import CPU, CUDA
+from ..profiler.estimate import CPU, CUDA, Device
 
 DEVICES = {"cuda": CUDA, "cpu": CPU}
 UPDATE_TILE, SCAN_TILE = 2048, 8192
@@ -65,18 +65,29 @@ def _tiles(sizes: Sequence[int], tile: int) -> int:
     return sum(-(-size // tile) for size in sizes)
 
 
-def _prepare(optimizer: Optimizer) -> None:
-    CUDA.prepare(optimizer)
-    if isinstance(optimizer, MasterOptimizer):
-        optimizer.__dict__["_kernels"] = {torch.device("cpu"): ImaginedKernel()}
+def imagined_device(name: str) -> Device:
+    """`cuda` or `cpu`, with what this package does differently on it. Good for one estimate."""
+    device = DEVICES[name]
+    conversion = ExitStack()
+
+    @contextmanager
+    def kernels() -> Iterator[None]:
+        with device.kernels(), conversion, ExitStack() as stack:
+            # What happens to masters before the first step is not counted: in one piece it takes less time.
+            conversion.enter_context(mock.patch.object(masters, "piece_length", _in_one_piece))
+            if name == "cuda":  # pieces as large as there
+                for sizes in (cross_entropy.LOGITS_AT_ONCE, pieces.LARGEST_PIECE):
+                    stack.enter_context(mock.patch.dict(sizes, clear=True))
+            yield
+
+    def prepare(optimizer: Optimizer) -> None:
+        conversion.close()
+        device.prepare(optimizer)
+        if name == "cuda" and isinstance(optimizer, MasterOptimizer):
+            optimizer.__dict__["_kernels"] = {torch.device("cpu"): ImaginedKernel()}
+
+    return replace(device, kernels=kernels, prepare=prepare)
 
 
-@contextmanager
-def _kernels() -> Iterator[None]:
-    """Losses take as many rows at once as on CUDA."""
-    on_cuda = {"cpu": cross_entropy.DEFAULT_AT_ONCE}
-    with CUDA.kernels(), mock.patch.dict(cross_entropy.LOGITS_AT_ONCE, on_cuda):
-        yield
-
-
-DEVICES["cuda"] = replace(CUDA, prepare=_prepare, kernels=_kernels)
+def _in_one_piece(tensors: Sequence[Tensor], *_: Any) -> int:
+    return max(1, sum(tensor.numel() for tensor in tensors))

@@ -83,13 +83,28 @@ def unknowns(module: nn.Module) -> list[str]:
         f"cuBLAS's workspace is counted as {CUBLAS_WORKSPACE_BYTES // 2**20} MiB, as on Hopper; older GPUs take 8.",
     ]
     parts = list(module.modules())
+    if any(isinstance(part, nn.RNNBase) for part in parts):
+        notes.append("Recurrent layers are counted as torch runs them step by step; what cuDNN keeps is not known.")
     if any(isinstance(part, nn.modules.conv._ConvNd) for part in parts):
         notes.append("cuDNN's workspaces for convolutions are not counted: it chooses them when it runs.")
-    if any(isinstance(part, nn.RNNBase) for part in parts):
-        notes.append("What cuDNN reserves for a recurrent layer's backward is taken to be as large as oneDNN's.")
     if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in parts):
         notes.append("cuDNN's reserve of batch norm is not counted.")
     return notes
+
+
+def cpu_unknowns(module: nn.Module) -> list[str]:
+    """What an estimate for a CPU leaves out, of this module."""
+    if not has_lstm(module):
+        return []
+    return [
+        "LSTMs are counted as torch runs them without oneDNN (torch.backends.mkldnn.enabled = False). With it they keep "
+        "a workspace that takes two to three times as much."
+    ]
+
+
+def has_lstm(module: nn.Module) -> bool:
+    """Whether oneDNN, whose fake LSTM forgets its workspace, must be kept from taking part."""
+    return any(isinstance(part, nn.LSTM) for part in module.modules())
 
 
 # -- rules ------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from .corrections import BLOCK_BYTES, CUBLAS_WORKSPACE_BYTES, cuda_kernels, cuda_optimizer, unknowns
+from .corrections import BLOCK_BYTES, CUBLAS_WORKSPACE_BYTES, cpu_unknowns, cuda_kernels, cuda_optimizer, unknowns
 
 
 @dataclass(frozen=True)
@@ -32,5 +32,5 @@ class Device:
     notes: Callable[[nn.Module], list[str]] = lambda module: []
 
 
-CPU = Device("cpu")
+CPU = Device("cpu", notes=cpu_unknowns)
 CUDA = Device("cuda", BLOCK_BYTES, CUBLAS_WORKSPACE_BYTES, cuda_kernels, cuda_optimizer, unknowns)

@@ -28,6 +28,7 @@ from typing_extensions import override
 from ..lightning import MemoryProfiler
 from ..recording import Recording
 from ..report import MemoryReport
+from .corrections import has_lstm
 from .devices import CUDA, Device
 from .memory import DataDependent, FakeCopies, FakeMemory
 
@@ -83,7 +84,10 @@ class Trial:
                 stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
                 stack.enter_context(memory)
                 stack.enter_context(FakeCopies())
-                self._fit(profiler, given, batch_size)
+                module = self._make_module()
+                if has_lstm(module):
+                    stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+                self._fit(module, profiler, given, batch_size)
         except (DataDependent, DataDependentOutputException, DynamicOutputShapeException) as error:
             raise EstimateError(
                 f"{_reason(error)}, which fake tensors cannot tell: run `lightning-mpt compare` on a device"
@@ -95,8 +99,7 @@ class Trial:
         recording.notes += [*profiler.device_notes, *_guesses(memory)]
         return MemoryReport.from_recording(_owned_alone(recording))
 
-    def _fit(self, profiler: "_TrialProfiler", given: Mapping[str, Any], batch_size: int | None) -> None:
-        module = self._make_module()
+    def _fit(self, module: Any, profiler: "_TrialProfiler", given: Mapping[str, Any], batch_size: int | None) -> None:
         module._apply = partial(_apply_in_place, module)
         data = self._data
         owner: Any = data if isinstance(data, pl.LightningDataModule) else module if data is None else None
