@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from lightning_mpt.cli.estimate import estimate
 from lightning_mpt.precisions import trainer_arguments
 from lightning_mpt.profiler import MemoryProfiler, MemoryReport
 from lightning_mpt.profiler.estimate import Trial
+from lightning_mpt.profiler.estimate.corrections import without_onednn
 
 OURS = "mpt-bf16-true"
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", OURS, f"{OURS}:compact")
@@ -166,7 +168,7 @@ def measured(precision: str, case: Case) -> MemoryReport:
         enable_progress_bar=False,
         **trainer_arguments(precision),
     )
-    with torch.backends.mkldnn.flags(enabled=case.onednn):
+    with nullcontext() if case.onednn else without_onednn():
         trainer.fit(Step(net), Repeated(batch, 2))
     return profiler.report
 
@@ -174,7 +176,7 @@ def measured(precision: str, case: Case) -> MemoryReport:
 def estimated(precision: str, case: Case) -> MemoryReport:
     """The same step, of which nothing is computed."""
     _, batch = case.make(**{**case.shape, "layers": 1} if "layers" in case.shape else case.shape)
-    with torch.backends.mkldnn.flags(enabled=case.onednn):
+    with nullcontext() if case.onednn else without_onednn():
         return estimate(Trial(lambda: Step(case.make(**case.shape)[0]), [batch]), precision, device="cpu")
 
 

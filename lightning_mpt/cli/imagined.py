@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from .. import cross_entropy, masters, pieces
 from ..base import MasterOptimizer
+from ..kernels.reference import ReferenceKernel
 from ..kernels.slots import Slot
 from ..precisions import trainer_arguments
 from ..profiler.estimate import CPU, CUDA, Device
@@ -61,6 +62,20 @@ class ImaginedKernel:
             self._tables[use, sizes] = torch.empty(table_bytes, dtype=torch.uint8)
 
 
+class CountedReference(ReferenceKernel):
+    """The update as it runs on a CPU, but for the first of every parameter, which is not counted and takes long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._began: set[int] = set()
+
+    def adamw_(self, slots: Sequence[Slot], *arguments: Any, **options: Any) -> None:
+        steps = {id(slot.step) for slot in slots}
+        if steps <= self._began:
+            super().adamw_(slots, *arguments, **options)
+        self._began |= steps
+
+
 def _tiles(sizes: Sequence[int], tile: int) -> int:
     return sum(-(-size // tile) for size in sizes)
 
@@ -83,8 +98,9 @@ def imagined_device(name: str) -> Device:
     def prepare(optimizer: Optimizer) -> None:
         conversion.close()
         device.prepare(optimizer)
-        if name == "cuda" and isinstance(optimizer, MasterOptimizer):
-            optimizer.__dict__["_kernels"] = {torch.device("cpu"): ImaginedKernel()}
+        if isinstance(optimizer, MasterOptimizer):
+            kernel = ImaginedKernel() if name == "cuda" else CountedReference()
+            optimizer.__dict__["_kernels"] = {torch.device("cpu"): kernel}
 
     return replace(device, kernels=kernels, prepare=prepare)
 

@@ -97,14 +97,25 @@ def cpu_unknowns(module: nn.Module) -> list[str]:
     if not has_lstm(module):
         return []
     return [
-        "LSTMs are counted as torch runs them without oneDNN (torch.backends.mkldnn.enabled = False). With it they keep "
-        "a workspace that takes two to three times as much."
+        "LSTMs are counted as torch runs them without oneDNN (torch.backends.mkldnn.enabled = False): with it they "
+        "keep a workspace that takes two to three times as much."
     ]
 
 
 def has_lstm(module: nn.Module) -> bool:
     """Whether oneDNN, whose fake LSTM forgets its workspace, must be kept from taking part."""
     return any(isinstance(part, nn.LSTM) for part in module.modules())
+
+
+@contextmanager
+def without_onednn() -> Iterator[None]:
+    """Within it torch does without oneDNN. (`torch.backends.mkldnn.flags` would write to other switches too.)"""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
 
 
 # -- rules ------------------------------------------------------------------------------------------------------------

@@ -4,8 +4,8 @@ Every operation that is dispatched is looked at once it has run: a storage among
 is a block, born then; the storage's death is the block's. So `FakeMemory` is a source of events like the CUDA
 allocator's history, and owners, ledger and report are those of a recording on a device.
 
-What a kernel allocates and frees within itself is not seen, since no kernel runs. Two things that fakes would distort
-are put right:
+What a kernel allocates and frees within itself is not seen, since no kernel runs: it has to be told (`scratch.py`). Two
+things that fakes would distort are put right:
 
 - autograd adds up gradients in place where no one else holds them, but not while a dispatch mode is on. A sum that the
   engine makes, one operand of which dies at once, is that operand's block.
@@ -46,13 +46,17 @@ class FakeMemory(TorchDispatchMode):
     Args:
         block_bytes: sizes are rounded up to a multiple of it: 512 as on CUDA, 1 as on a CPU.
         workspace_bytes: a library's workspace, allocated before all else and kept; 0 for none.
+        scratch: from an operation and its arguments, the bytes that its kernel needs for itself.
     """
 
     lists_live_blocks = True
     clock_error_ns = 0
 
-    def __init__(self, block_bytes: int = 1, workspace_bytes: int = 0) -> None:
+    def __init__(
+        self, block_bytes: int = 1, workspace_bytes: int = 0, scratch: Callable[[Any, Any], int] = lambda func, args: 0
+    ) -> None:
         super().__init__()
+        self._scratch = scratch
         self._block_bytes = block_bytes
         self._addresses = 0
         self._blocks: dict[int, _Fake] = {}
@@ -106,6 +110,10 @@ class FakeMemory(TorchDispatchMode):
             return self._read(func, args)
         if _writes_only(func) and _holds_no_constant(args[0]):
             return args[0] if func._schema.returns else None
+        scratch_bytes = self._scratch(func, args)
+        if scratch_bytes:
+            scratch = _Fake(self._new_address(), scratch_bytes, None)
+            self._tell(scratch)
         result = func(*args, **(kwargs or {}))
         if func is aten.add.Tensor and in_backward() and not torch.is_grad_enabled() and _called_by_engine():
             self._summed(result, args[:2])
@@ -113,6 +121,8 @@ class FakeMemory(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, FakeTensor):
                 self._see(tensor.untyped_storage())
+        if scratch_bytes:
+            self._tell_of_free(scratch)
         return result
 
     def _see(self, storage: torch.UntypedStorage) -> None:
@@ -162,12 +172,15 @@ class FakeMemory(TorchDispatchMode):
 
     def _freed(self, key: int, block: "_Fake") -> None:
         del self._blocks[key]
-        if self._recording:
-            self._events.append(Event(now_ns(), block.address, 0, 0))
+        self._tell_of_free(block)
 
     def _tell(self, block: "_Fake", at_ns: int | None = None) -> None:
         if self._recording:
             self._events.append(self._event(block.address, block.bytes, at_ns))
+
+    def _tell_of_free(self, block: "_Fake") -> None:
+        if self._recording:
+            self._events.append(Event(now_ns(), block.address, 0, 0))
 
     def _event(self, address: int, size: int, at_ns: int | None = None) -> Event:
         rounded = -(-size // self._block_bytes) * self._block_bytes
@@ -194,14 +207,17 @@ class FakeMemory(TorchDispatchMode):
         return True if dtype is torch.bool else 1.0
 
 
-class FakeCopies(TorchFunctionMode):
-    """Within it fake tensors can be deep-copied: torch's own way would copy the memory that is not there."""
+class FakeFunctions(TorchFunctionMode):
+    """Within it fake tensors can be deep-copied, where torch would copy memory that is not there, and say why they
+    cannot become arrays."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is not torch.Tensor.__deepcopy__ or not isinstance(args[0], FakeTensor):
+        if func not in _SPECIAL or not isinstance(args[0], FakeTensor):
             return func(*args, **(kwargs or {}))
+        if func is not torch.Tensor.__deepcopy__:
+            raise DataDependent(f"{_reader() or 'the training loop'} makes a NumPy array of a tensor")
         tensor, memo = args
         if id(tensor) not in memo:
             copy = tensor.detach().clone()
@@ -229,6 +245,7 @@ _MACHINERY = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 _TRAINERS = tuple(
     str(Path(package.__file__ or "").parent) for package in (lightning, sys.modules[__name__.partition(".")[0]])
 )
+_SPECIAL = (torch.Tensor.__deepcopy__, torch.Tensor.numpy, torch.Tensor.__array__)
 _HOST_READS: frozenset[Callable[..., Any]] = frozenset({aten._local_scalar_dense.default, aten.equal.default})
 
 

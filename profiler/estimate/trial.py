@@ -28,10 +28,11 @@ from typing_extensions import override
 from ..lightning import MemoryProfiler
 from ..recording import Recording
 from ..report import MemoryReport
-from .corrections import has_lstm
+from .corrections import has_lstm, without_onednn
 from .devices import CUDA, Device
-from .memory import DataDependent, FakeCopies, FakeMemory
+from .memory import DataDependent, FakeFunctions, FakeMemory
 
+_NONE = object()
 STEPS = 2
 """The first makes the optimizer's state, the second is counted."""
 
@@ -71,7 +72,7 @@ class Trial:
         Raises:
             EstimateError: the step needs values that only a run on a device has.
         """
-        memory = FakeMemory(device.block_bytes, device.workspace_bytes)
+        memory = FakeMemory(device.block_bytes, device.workspace_bytes, device.scratch)
         given = dict(trainer_arguments())
         profiler = _TrialProfiler(memory, device, given.get("accumulate_grad_batches", 1))
         try:
@@ -83,10 +84,10 @@ class Trial:
                 stack.enter_context(device.kernels())
                 stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
                 stack.enter_context(memory)
-                stack.enter_context(FakeCopies())
+                stack.enter_context(FakeFunctions())
                 module = self._make_module()
                 if has_lstm(module):
-                    stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+                    stack.enter_context(without_onednn())
                 self._fit(module, profiler, given, batch_size)
         except (DataDependent, DataDependentOutputException, DynamicOutputShapeException) as error:
             raise EstimateError(
@@ -137,7 +138,10 @@ class Trial:
     def _first_batch(self, loader: Callable[[], Any]) -> Any:
         if self._batch is None:
             with _disable_current_modes():
-                self._batch = next(iter(loader()))
+                self._batch = next(iter(loader()), _NONE)
+            if self._batch is _NONE:
+                self._batch = None
+                raise EstimateError("the data gives no batch")
         return self._batch
 
     @property
