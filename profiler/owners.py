@@ -15,7 +15,7 @@ An owner that knows more has a method `memory_categories()`: an optimizer, or an
 """
 
 import time
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +43,7 @@ class Owners:
         witnesses: further objects with a `memory_categories()` method.
         max_claims: how many tensors saved for backward, and runs of modules, are noted; the rest is only counted.
         find_duplicates: look for values saved in two precisions, when the first backward pass with hooks on begins.
+        address_of: the address of a storage, as the source of events names it; 0 where it has none.
     """
 
     def __init__(
@@ -54,11 +55,13 @@ class Owners:
         *,
         max_claims: int = 1 << 62,
         find_duplicates: bool = False,
+        address_of: Callable[[torch.UntypedStorage], int] = torch.UntypedStorage.data_ptr,
     ) -> None:
         self._module = module
         self._optimizers = list(optimizers)
         self._witnesses = [*self._optimizers, *witnesses]
         self._device = device
+        self._address_of = address_of
         self._handles: list[Any] = []
         self._saved_hooks: torch.autograd.graph.saved_tensors_hooks | None = None
         self._running: list[_Run] = []
@@ -144,7 +147,7 @@ class Owners:
         """`tensor`'s storage belongs to `category` and to the module at path `module` (None: to no module)."""
         for part in self._parts_here(tensor):
             storage = part.untyped_storage()
-            address = storage.data_ptr()
+            address = self._address_of(storage)
             dtype = str(part.dtype).removeprefix("torch.")
             self.claims.append(Claim(now_ns(), address, storage.nbytes(), category, module, tuple(part.shape), dtype))
             if watch and address not in self._watched:
@@ -168,7 +171,8 @@ class Owners:
             if self._device.index is not None and part.device.index != self._device.index:
                 continue
             storage = part.untyped_storage()
-            if storage.nbytes() and storage.data_ptr():  # no address: fake, meta, or freed by resizing, as FSDP does
+            # No address: meta, or freed by resizing, as FSDP does.
+            if storage.nbytes() and self._address_of(storage):
                 yield part
 
     def claim_inputs(self, batch: Any) -> None:

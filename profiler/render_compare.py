@@ -1,6 +1,6 @@
 """How the rows of `compare` look: categories by precision, as many columns in a table as fit, and the usual claims."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -17,13 +17,26 @@ _LABELS = 20
 """And those of the categories' names, with the table's outer lines."""
 
 
-def print_rows(rows: Sequence[Row], title: str, console: Console | None = None, *, remarks: Sequence[str] = ()) -> None:
-    """Print the comparison, and the remarks below its tables."""
+More = Mapping[str, Mapping[str, int | str | None]]
+"""Further lines of the table: label -> precision -> a number of bytes, or what is said as it is."""
+
+
+def print_rows(
+    rows: Sequence[Row],
+    title: str,
+    console: Console | None = None,
+    *,
+    remarks: Sequence[str] = (),
+    more: More | None = None,
+) -> None:
+    """Print the comparison, with further lines at its end, and the remarks below its tables."""
     console = console or Console()
-    console.print(render_rows(rows, title, console.width, remarks))
+    console.print(render_rows(rows, title, console.width, remarks, more))
 
 
-def render_rows(rows: Sequence[Row], title: str, width: int, remarks: Sequence[str] = ()) -> RenderableType:
+def render_rows(
+    rows: Sequence[Row], title: str, width: int, remarks: Sequence[str] = (), more: More | None = None
+) -> RenderableType:
     """The comparison for `width` columns: tables of as many precisions as fit, why others failed, and the claims."""
     parts: list[RenderableType] = [Text(title, style="bold")]
     base = base_of(rows)
@@ -32,18 +45,18 @@ def render_rows(rows: Sequence[Row], title: str, width: int, remarks: Sequence[s
     each = -(-len(rows) // tables) if tables else each  # as many in the first as in the last
     categories = [c for c in Category if any(r.report is not None and r.report.categories.get(c) for r in rows)]
     narrow = width < _LABELS + len(rows) * 25
-    parts += [_table(rows[at : at + each], categories, base, narrow) for at in range(0, len(rows), each)]
+    parts += [_table(rows[at : at + each], categories, base, narrow, more or {}) for at in range(0, len(rows), each)]
     for row in rows:
         if row.error:
             parts.append(Text.assemble((row.precision, "bold yellow"), f" {row.status}: {row.error}"))
     notes = {note: None for row in rows if row.report is not None for note in row.report.notes}
-    parts += [Text(f"{_whose(rows, note)}: {note}", style="dim") for note in notes]
+    parts += [Text(_whose(rows, note) + note, style="dim") for note in notes]
     parts += [Text(remark, style="dim") for remark in remarks]
     parts += _claims(rows)
     return Group(*parts)
 
 
-def _table(rows: Sequence[Row], categories: Sequence[Category], base: Row | None, narrow: bool) -> Table:
+def _table(rows: Sequence[Row], categories: Sequence[Category], base: Row | None, narrow: bool, more: More) -> Table:
     table = Table()
     table.add_column("category", no_wrap=True)
     for row in rows:
@@ -61,6 +74,10 @@ def _table(rows: Sequence[Row], categories: Sequence[Category], base: Row | None
     if any(row.step_seconds for row in rows):
         table.add_section()
         table.add_row("time of a step", *map(_seconds, rows), style="dim")
+    if more:
+        table.add_section()
+    for label, by_precision in more.items():
+        table.add_row(label, *(_cell(by_precision.get(row.precision)) for row in rows))
     return table
 
 
@@ -85,6 +102,10 @@ def _saved(row: Row, base: Row) -> tuple[Text, Text]:
     return Text(format_bytes(saved), style=style), Text(share, style=style)
 
 
+def _cell(value: int | str | None) -> str:
+    return value if isinstance(value, str) else "" if value is None else format_bytes(value)
+
+
 def _seconds(row: Row) -> str:
     if row.step_seconds is None:
         return ""
@@ -92,7 +113,10 @@ def _seconds(row: Row) -> str:
 
 
 def _whose(rows: Sequence[Row], note: str) -> str:
-    return ", ".join(row.precision for row in rows if row.report is not None and note in row.report.notes)
+    """The precisions that a note is about, unless it is about all."""
+    reports = {row.precision: row.report for row in rows if row.report is not None}
+    whose = [precision for precision, report in reports.items() if note in report.notes]
+    return f"{', '.join(whose)}: " if len(whose) < len(reports) or len(reports) == 1 else ""
 
 
 def _claims(rows: Sequence[Row]) -> list[RenderableType]:

@@ -19,6 +19,8 @@ _OVERFLOWED = "The allocator's history was too short for the recorded steps, and
 class Session:
     """Records steps one after another. Between `open_step` and `close_step` hooks are on; else none is.
 
+    Events come from `source`, by default from the allocator of the device.
+
     Values saved in two precisions are looked for in the first step: best in one that is not counted.
 
     `start` and `finish` (or `abort`) must be called in the same thread.
@@ -32,13 +34,20 @@ class Session:
         device: torch.device | None = None,
         max_events: int = MAX_EVENTS,
         find_duplicates: bool = True,
+        source: Source | None = None,
     ) -> None:
         self.device = device if device is not None else device_of(module)
         self._module = module
         self._max_events = max_events
-        self._source: Source = source_for(self.device, max_events)
+        self._source: Source = source if source is not None else source_for(self.device, max_events)
         self._owners = Owners(
-            module, optimizers, self.device, witnesses, max_claims=max_events, find_duplicates=find_duplicates
+            module,
+            optimizers,
+            self.device,
+            witnesses,
+            max_claims=max_events,
+            find_duplicates=find_duplicates,
+            address_of=self._source.address_of,
         )
         self._opened_ns: int | None = None
         self._counted = True

@@ -73,6 +73,10 @@ class Source(Protocol):
         """What is alive now, where the source can list it."""
         ...
 
+    def address_of(self, storage: torch.UntypedStorage) -> int:
+        """The address under which events tell of this storage; 0 where none does."""
+        ...
+
 
 def source_for(device: torch.device, max_events: int = MAX_EVENTS) -> Source:
     """The source of events for `device`, which has room for `max_events`. Raises ValueError where there is none."""
@@ -150,6 +154,9 @@ class CPUSource:
 
     def live_blocks(self) -> list[Event]:
         return []
+
+    def address_of(self, storage: torch.UntypedStorage) -> int:
+        return storage.data_ptr()
 
 
 def cpu_events(tree: list[Any]) -> list[Event]:
@@ -259,6 +266,9 @@ class CUDASource:
 
     def live_blocks(self) -> list[Event]:
         return parse_segments(self._snapshot_segments())
+
+    def address_of(self, storage: torch.UntypedStorage) -> int:
+        return storage.data_ptr()
 
     def _snapshot_segments(self) -> list[dict[str, Any]]:
         segments = torch.cuda.memory.memory_snapshot(include_traces=False)

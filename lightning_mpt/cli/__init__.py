@@ -4,10 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import compare, report
+from . import compare, estimate, report
 from .target_options import CommandParser
 
-COMMANDS = {"report": report, "compare": compare}
+COMMANDS = {"report": report, "compare": compare, "estimate": estimate}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,192 @@
+"""`lightning-mpt estimate`: the table of `lightning-mpt compare`, told without running on any device."""
+
+import argparse
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from ..precisions import check_name
+from ..presets import PRESETS
+from ..profiler import MemoryReport
+from ..profiler.class_path import TargetError
+from ..profiler.compare import FAILED, OK, Row, base_of, to_json
+from ..profiler.estimate import EstimateError, PerRank, Trial, largest_batch, per_rank
+from ..profiler.target import Target
+from .target_options import add_target, read_target
+
+FOR = {
+    "cpu": ("32-true", "bf16-mixed", "bf16-true", "mpt-bf16-true", "mpt-bf16-true:compact"),
+    "cuda": ("32-true", "16-mixed", "bf16-mixed", "16-true", "mpt-16-true", "mpt-16-true:compact"),
+}
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def add(commands: Any) -> None:
+    """Declare the command."""
+    parser = commands.add_parser(
+        "estimate", help="tell what a network's training would need under several precisions, without a device"
+    )
+    add_target(parser)
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help=f"one or several; the first is what the others are measured against. Default: {', '.join(FOR['cuda'])}",
+    )
+    parser.add_argument(
+        "--device", choices=tuple(FOR), default="cuda", help="whose kernels and allocator to imagine (default: cuda)"
+    )
+    parser.add_argument("--batch-size", type=int, metavar="N", help="cut or repeat the batch to N samples")
+    parser.add_argument("--memory", metavar="SIZE", help="say the largest batch that fits: 24GiB, 80GB")
+    parser.add_argument("--ranks", type=int, metavar="N", help="say what each of N ranks needs under DDP and FSDP2")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="keep the reports, for `lightning-mpt report`")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command: 0, or 1 where no precision worked. Raises OSError or ValueError where the input is wrong."""
+    target = read_target(options)
+    precisions = [check_name(name) for name in dict.fromkeys(options.precision or FOR[options.device])]
+    memory_bytes = None if options.memory is None else size_in_bytes(options.memory)
+    for name in ("batch_size", "ranks"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: give a whole number of at least 1")
+    target.check()
+    if options.save is not None:
+        options.save.mkdir(parents=True, exist_ok=True)
+
+    trial = Trial(target.build_model, target.build_data())
+    rows: list[Row] = []
+    batches: dict[str, int] = {}
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        for number, precision in enumerate(precisions, 1):
+            task = progress.add_task(f"{precision} ({number} of {len(precisions)})")
+
+            def peak_of(batch_size: int, precision: str = precision, task: Any = task) -> int:
+                progress.update(task, description=f"{precision}, batch of {batch_size}")
+                return estimate(
+                    trial, precision, device=options.device, batch_size=batch_size, settings=target.trainer_settings()
+                ).peak_bytes
+
+            rows.append(_row(trial, precision, target, options))
+            if memory_bytes is not None and rows[-1].status == OK:
+                batches[precision] = largest_batch(peak_of, memory_bytes, options.batch_size or trial.batch_size)
+            progress.remove_task(task)
+    ranks = {row.precision: per_rank(row.report, options.ranks) for row in rows if options.ranks and row.report}
+    if options.json:
+        print(json.dumps(_json(rows, batches, ranks, memory_bytes), indent=1))
+    else:
+        from ..profiler.render_compare import print_rows
+
+        title = f"{target}, estimated for {options.device}"
+        print_rows(rows, title, more=_more(rows, batches, ranks, options), remarks=_remarks(ranks))
+    return 0 if base_of(rows) is not None else 1
+
+
+def estimate(
+    trial: Trial,
+    precision: str,
+    *,
+    device: str = "cuda",
+    batch_size: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> MemoryReport:
+    """What one step of `trial` would need under a precision of that name.
+
+    Args:
+        trial: the module and its data.
+        precision: one of `precisions.NAMES`.
+        device: `cuda` or `cpu`: whose kernels and allocator to imagine.
+        batch_size: cut or repeat the batch to that many samples; None for the size that it has.
+        settings: further arguments of the Trainer, that change what a step does.
+
+    Raises:
+        EstimateError: the step needs values that only a run on a device has.
+    """
+    from .imagined import imagined_arguments, imagined_device
+
+    return trial.run(
+        lambda: {**(settings or {}), **imagined_arguments(precision)}, imagined_device(device), batch_size=batch_size
+    )
+
+
+def _row(trial: Trial, precision: str, target: Target, options: argparse.Namespace) -> Row:
+    try:
+        report = estimate(
+            trial,
+            precision,
+            device=options.device,
+            batch_size=options.batch_size,
+            settings=target.trainer_settings(),
+        )
+    except TargetError:
+        raise
+    except EstimateError as error:
+        return Row(precision, FAILED, error=str(error))
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        said = f"{type(error).__name__}: {lines[0]}"
+        return Row(precision, FAILED, error=f"{said} (on fake tensors; `lightning-mpt compare` runs it on a device)")
+    if options.save is not None:
+        report.save(options.save / f"{precision.replace(':', '-')}.json")
+    return Row(precision, OK, report)
+
+
+def size_in_bytes(text: str) -> int:
+    """`24GiB`, `80GB` or `512M` as a number of bytes. Raises ValueError where it is no size."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?\s*", text.lower())
+    if match is None or match[2] not in UNITS or float(match[1]) == 0:
+        raise ValueError(f"--memory {text!r} is not a size: write it as 24GiB, 80GB or 512MiB.")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def _json(
+    rows: Sequence[Row], batches: Mapping[str, int], ranks: Mapping[str, PerRank], memory_bytes: int | None
+) -> list[dict[str, Any]]:
+    content = to_json(rows)
+    for row in content:
+        if memory_bytes is not None:
+            row["memory_bytes"] = memory_bytes
+            row["largest_batch"] = batches.get(row["precision"])
+        if row["precision"] in ranks:
+            row["per_rank"] = {**vars(ranks[row["precision"]]), "ddp_bytes": _ddp_bytes(row["precision"], ranks)}
+    return content
+
+
+def _more(
+    rows: Sequence[Row], batches: Mapping[str, int], ranks: Mapping[str, PerRank], options: argparse.Namespace
+) -> dict[str, dict[str, int | None]]:
+    """The table's further lines: label -> precision -> a number of samples, or of bytes."""
+    lines: dict[str, dict[str, Any]] = {}
+    if options.memory is not None:
+        lines[f"largest batch in {options.memory}"] = {
+            name: str(size) if size else "none" for name, size in batches.items()
+        }
+    if ranks:
+        lines[f"each of {options.ranks}, DDP"] = {name: _ddp_bytes(name, ranks) for name in ranks}
+        lines[f"each of {options.ranks}, FSDP2"] = {name: each.fsdp2_bytes for name, each in ranks.items()}
+    return lines
+
+
+def _ddp_bytes(precision: str, ranks: Mapping[str, PerRank]) -> int | None:
+    """None where gradients are released within backward: DDP would find none to reduce."""
+    released = PRESETS.get(precision.partition(":")[2], {}).get("gradient_release", False)
+    return None if released else ranks[precision].ddp_bytes
+
+
+def _remarks(ranks: Mapping[str, PerRank]) -> list[str]:
+    if not ranks:
+        return []
+    return [
+        "Each rank with a batch of this size. DDP: all gradients once more, in buckets. FSDP2: a part of weights, "
+        "masters, gradients and optimizer state, and gathered the root's weights, those of the two largest layers and "
+        "one layer's gradients. NCCL's buffers are left out."
+    ]

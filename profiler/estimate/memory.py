@@ -1,0 +1,297 @@
+"""Memory that is not there: allocation events of a step that runs on fake tensors.
+
+Every operation that is dispatched is looked at once it has run: a storage among its results that was not there before
+is a block, born then; the storage's death is the block's. So `FakeMemory` is a source of events like the CUDA
+allocator's history, and owners, ledger and report are those of a recording on a device.
+
+What a kernel allocates and frees within itself is not seen, since no kernel runs: it has to be told (`scratch.py`). Two
+things that fakes would distort are put right:
+
+- autograd adds up gradients in place where no one else holds them, but not while a dispatch mode is on. A sum that the
+  engine makes, one operand of which dies at once, is that operand's block.
+- a number that is read on the host (`.item()`) is known for a constant only. A floating one is taken for 1, a boolean
+  for true, and noted: such numbers are logged, or tell whether all is finite. Whole numbers are sizes and indices, and
+  guessing one could change the network: this is refused.
+"""
+
+import sys
+import weakref
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning
+import torch
+import torch._dynamo.eval_frame
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from ..owners import in_backward, now_ns
+from ..recording import Event
+
+aten = torch.ops.aten
+
+
+class DataDependent(RuntimeError):
+    """The step asks for a number that only a run on a device can tell."""
+
+
+class FakeMemory(TorchDispatchMode):
+    """A dispatch mode, to be entered within a `FakeTensorMode`, that tells of storages as an allocator does.
+
+    Args:
+        block_bytes: sizes are rounded up to a multiple of it: 512 as on CUDA, 1 as on a CPU.
+        workspace_bytes: a library's workspace, allocated before all else and kept; 0 for none.
+        scratch: from an operation and its arguments, the bytes that its kernel needs for itself.
+    """
+
+    lists_live_blocks = True
+    clock_error_ns = 0
+
+    def __init__(
+        self, block_bytes: int = 1, workspace_bytes: int = 0, scratch: Callable[[Any, Any], int] = lambda func, args: 0
+    ) -> None:
+        super().__init__()
+        self._scratch = scratch
+        self._block_bytes = block_bytes
+        self._addresses = 0
+        self._blocks: dict[int, _Fake] = {}
+        """By the address of the storage object itself."""
+        self._sum: tuple[_Fake, set[int]] | None = None
+        """A sum that the engine has just made, whose allocation is not told yet; and its operands' storages."""
+        self._events: list[Event] = []
+        self._start: list[Event] = []
+        self._recording = False
+        self.workspace_bytes = [workspace_bytes] if workspace_bytes else []
+        self._workspace = self._event(self._new_address(), workspace_bytes) if workspace_bytes else None
+        self.guesses: dict[str, int] = {}
+        """Where numbers were read on the host that are not known: how often."""
+
+    # -- a source of events -------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._tell_of_sum()
+        self._start = [] if self._workspace is None else [self._workspace]
+        self._start += [self._event(block.address, block.bytes) for block in self._blocks.values()]
+        self._events = []
+        self._recording = True
+
+    def stop(self) -> tuple[list[Event], list[Event]]:
+        self._tell_of_sum()
+        self._recording = False
+        return self._start, self._events
+
+    def abort(self) -> None:
+        self._recording = False
+
+    def reset_peak(self) -> None: ...
+
+    def peak_bytes(self) -> int | None:
+        return None
+
+    def reserved_bytes(self) -> int | None:
+        return None
+
+    def address_of(self, storage: torch.UntypedStorage) -> int:
+        block = self._blocks.get(storage._cdata)
+        return 0 if block is None else block.address
+
+    # -- what is dispatched -------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self._tell_of_sum()
+        if func in _HOST_READS:
+            return self._read(func, args)
+        if _writes_only(func) and _holds_no_constant(args[0]):
+            return args[0] if func._schema.returns else None
+        scratch_bytes = self._scratch(func, args)
+        if scratch_bytes:
+            scratch = _Fake(self._new_address(), scratch_bytes, None)
+            self._tell(scratch)
+        result = func(*args, **(kwargs or {}))
+        if func is aten.add.Tensor and in_backward() and not torch.is_grad_enabled() and _called_by_engine():
+            self._summed(result, args[:2])
+            return result
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, FakeTensor):
+                self._see(tensor.untyped_storage())
+        if scratch_bytes:
+            self._tell_of_free(scratch)
+        return result
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        size, key = storage.nbytes(), storage._cdata
+        known = self._blocks.get(key)
+        if known is not None:
+            if known.bytes == size:
+                return
+            self._freed(key, known)  # resized
+        if size:
+            block = _Fake(self._new_address(), size, weakref.ref(storage, lambda _: self._died(key)))
+            self._blocks[key] = block
+            self._tell(block)
+
+    def _summed(self, result: torch.Tensor, operands: tuple[Any, ...]) -> None:
+        storage = result.untyped_storage()
+        key = storage._cdata
+        if key in self._blocks or not storage.nbytes():
+            return
+        block = _Fake(0, storage.nbytes(), weakref.ref(storage, lambda _: self._died(key)))
+        block.born_ns = now_ns()
+        self._blocks[key] = block
+        self._sum = block, {one.untyped_storage()._cdata for one in operands if isinstance(one, FakeTensor)}
+
+    def _tell_of_sum(self) -> None:
+        """The sum was made beside its operands after all."""
+        if self._sum is not None:
+            block, _ = self._sum
+            self._sum = None
+            block.address = self._new_address()
+            self._tell(block, block.born_ns)
+
+    def _died(self, key: int) -> None:
+        block = self._blocks.get(key)
+        if block is None:
+            return
+        if self._sum is not None:
+            total, operands = self._sum
+            if key in operands and block.bytes == total.bytes:
+                self._sum = None
+                total.address = block.address
+                del self._blocks[key]
+                return
+            if block is total:
+                self._tell_of_sum()
+        self._freed(key, block)
+
+    def _freed(self, key: int, block: "_Fake") -> None:
+        del self._blocks[key]
+        self._tell_of_free(block)
+
+    def _tell(self, block: "_Fake", at_ns: int | None = None) -> None:
+        if self._recording:
+            self._events.append(self._event(block.address, block.bytes, at_ns))
+
+    def _tell_of_free(self, block: "_Fake") -> None:
+        if self._recording:
+            self._events.append(Event(now_ns(), block.address, 0, 0))
+
+    def _event(self, address: int, size: int, at_ns: int | None = None) -> Event:
+        rounded = -(-size // self._block_bytes) * self._block_bytes
+        return Event(now_ns() if at_ns is None else at_ns, address, rounded, size)
+
+    def _new_address(self) -> int:
+        self._addresses += 1
+        return self._addresses
+
+    # -- numbers read on the host -------------------------------------------------------------------------------
+
+    def _read(self, func: Any, args: tuple[Any, ...]) -> Any:
+        tensors = [tensor for tensor in args if isinstance(tensor, torch.Tensor)]
+        values = [tensor.constant if isinstance(tensor, FakeTensor) else tensor for tensor in tensors]
+        if all(value is not None for value in values):
+            with _disable_current_modes():
+                return func(*values)
+        dtype = torch.bool if func is aten.equal.default else tensors[0].dtype
+        where = _reader()
+        if dtype is not torch.bool and not dtype.is_floating_point:
+            raise DataDependent(f"{where or 'the training loop'} reads a whole number from a tensor on the host")
+        if where is not None:
+            self.guesses[where] = self.guesses.get(where, 0) + 1
+        return True if dtype is torch.bool else 1.0
+
+
+class FakeFunctions(TorchFunctionMode):
+    """Within it fake tensors can be deep-copied, where torch would copy memory that is not there, and say why they
+    cannot become arrays."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func not in _SPECIAL or not isinstance(args[0], FakeTensor):
+            return func(*args, **(kwargs or {}))
+        if func is not torch.Tensor.__deepcopy__:
+            raise DataDependent(f"{_reader() or 'the training loop'} makes a NumPy array of a tensor")
+        tensor, memo = args
+        if id(tensor) not in memo:
+            copy = tensor.detach().clone()
+            if isinstance(tensor, torch.nn.Parameter):
+                copy = torch.nn.Parameter(copy, tensor.requires_grad)
+            memo[id(tensor)] = copy.requires_grad_(tensor.requires_grad)
+        return memo[id(tensor)]
+
+
+class _Fake:
+    """A storage that is alive."""
+
+    __slots__ = ("address", "born_ns", "bytes", "reference")
+
+    def __init__(self, address: int, size: int, reference: Any) -> None:
+        self.address = address
+        self.bytes = size
+        self.reference = reference
+        self.born_ns = 0
+
+
+_WRAPPERS = (torch._compile.__file__, torch._dynamo.eval_frame.__file__)
+"""What torch puts round every `__torch_dispatch__`."""
+_MACHINERY = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+_TRAINERS = tuple(
+    str(Path(package.__file__ or "").parent) for package in (lightning, sys.modules[__name__.partition(".")[0]])
+)
+_SPECIAL = (torch.Tensor.__deepcopy__, torch.Tensor.numpy, torch.Tensor.__array__)
+_HOST_READS: frozenset[Callable[..., Any]] = frozenset({aten._local_scalar_dense.default, aten.equal.default})
+
+
+@cache
+def _writes_only(func: Any) -> bool:
+    """Whether an operation does nothing but write to its first argument, which it returns: `add_`, `_foreach_mul_`.
+
+    Then there is nothing to learn from it about memory, and much time to be saved.
+    """
+    schema = func._schema
+    name = schema.name.rpartition("::")[2]
+    arguments = schema.arguments
+    return (
+        name.endswith("_")
+        and not name.endswith("__")
+        and torch.Tag.inplace_view not in func.tags
+        and name not in ("resize_", "resize_as_", "set_")
+        and bool(arguments)
+        and [argument.is_write for argument in arguments].count(True) == 1
+        and arguments[0].is_write
+        and len(schema.returns) <= 1
+    )
+
+
+def _holds_no_constant(written: Any) -> bool:
+    """Whether no tensor that is written to has a value that is known, and would be known no more."""
+    tensors = written if isinstance(written, list | tuple) else [written]
+    return all(isinstance(tensor, FakeTensor) and tensor.constant is None for tensor in tensors)
+
+
+def _called_by_engine() -> bool:
+    """Whether no Python code lies between the autograd engine and the dispatch of this operation."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename in _WRAPPERS:
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_name == "_engine_run_backward"
+
+
+def _reader() -> str | None:
+    """Who asks for a number: `file.py:12`; None where that is Lightning or this package, whose reads are known."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file.startswith(_TRAINERS):
+            return None
+        if not file.startswith(_MACHINERY):
+            return f"{Path(file).name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return None

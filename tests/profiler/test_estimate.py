@@ -1,0 +1,137 @@
+"""An estimate beside what is measured: the same step under the Trainer, once run and once imagined."""
+
+import functools
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks.estimate import PRECISIONS, TARGET, Case, convnet, errors, estimated, gpt2, lstm, measured, mlp
+from lightning_mpt.cli.estimate import estimate
+from lightning_mpt.profiler.estimate import CPU, EstimateError, Trial
+
+GPT2 = Case(gpt2, {"layers": 2, "width": 64, "vocab_size": 256, "seq_len": 64, "batch_size": 4})
+MLP = Case(mlp, {"features": 32, "width": 64, "layers": 2, "batch_size": 256})
+CONVNET = Case(convnet, {"width": 8, "size": 16, "batch_size": 8})
+LSTM = Case(lstm, {"features": 16, "width": 32, "layers": 2, "steps": 12, "batch_size": 8}, onednn=False)
+PAIRS = [
+    *[pytest.param(GPT2, precision, id=f"gpt2-{precision}") for precision in PRECISIONS],
+    *[pytest.param(MLP, precision, id=f"mlp-{precision}") for precision in ("32-true", "bf16-mixed")],
+    *[pytest.param(CONVNET, precision, id=f"convnet-{precision}") for precision in ("32-true", "mpt-bf16-true")],
+    *[pytest.param(LSTM, precision, id=f"lstm-{precision}") for precision in ("32-true", "bf16-mixed")],
+]
+
+
+@pytest.mark.parametrize(("case", "precision"), PAIRS)
+def test_no_category_is_off_by_three_percent_of_the_measured_peak(case: Case, precision: str) -> None:
+    real, guess = measured(precision, case), estimated(precision, case)
+    assert {name: error for name, error in errors(real, guess).items() if abs(error) > TARGET} == {}
+    assert guess.device == "cpu (estimated)"
+    assert guess.parameters == real.parameters
+    # Not only what there is, but whose it is.
+    assert {path for path, own in guess.modules.items() if own.get("activations")} == {
+        path for path, own in real.modules.items() if own.get("activations")
+    }
+
+
+class Regression(L.LightningModule):
+    """A layer on data of its own. `reads` is what training_step asks of the loss or the batch."""
+
+    def __init__(self, reads: Any = None, width: int = 64) -> None:
+        super().__init__()
+        self.layer = nn.Linear(32, width)
+        self._reads = reads
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = self.layer(batch[0]).square().mean()
+        self.log("loss", loss)
+        self.logger.log_metrics({"loss": 0.0})
+        if self._reads is not None:
+            self._reads(loss, batch)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters())
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(TensorDataset(torch.zeros(64, 32)), batch_size=16, shuffle=True)
+
+
+def test_the_modules_own_data_is_loaded_for_real_and_its_batch_can_be_of_any_size() -> None:
+    trial = Trial(Regression)
+    reports = {size: estimate(trial, "32-true", device="cpu", batch_size=size) for size in (None, 16, 48)}
+    assert trial.batch_size == 16
+    assert reports[None].categories == reports[16].categories
+    assert reports[48].categories["inputs"] == 3 * reports[16].categories["inputs"] == 48 * 32 * 4
+
+
+class Data(L.LightningDataModule):
+    """Its samples come about in `setup`, from values."""
+
+    def setup(self, stage: str) -> None:
+        assert stage == "fit"
+        order = torch.randperm(8).tolist()
+        self.samples = TensorDataset(torch.tensor(order, dtype=torch.float32)[:, None].expand(8, 32).contiguous())
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(self.samples, batch_size=4)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return [torch.cat([tensor, tensor]) for tensor in batch]
+
+
+def test_a_data_module_is_set_up_for_real_and_its_hooks_take_part() -> None:
+    data = Data()
+    report = estimate(Trial(Regression, data), "32-true", device="cpu")
+    assert not isinstance(data.samples.tensors[0], torch._subclasses.FakeTensor)
+    assert report.categories["inputs"] == 2 * 4 * 32 * 4
+    assert "setup" not in vars(data)
+
+
+def test_gradients_that_accumulate_are_there_when_the_second_batch_begins() -> None:
+    settings = {"accumulate_grad_batches": 2}
+    report = estimate(Trial(Regression), "32-true", device="cpu", settings=settings)
+    assert report.steps == 2
+    assert report.phases["forward"].categories["gradients"] == (32 * 64 + 64) * 4
+
+
+def test_floating_numbers_that_are_read_on_the_host_are_noted() -> None:
+    trial = Trial(functools.partial(Regression, lambda loss, batch: [loss.item(), bool(loss.isfinite())]))
+    (note,) = estimate(trial, "32-true", device="cpu").notes
+    assert note.startswith("4 numbers were read on the host, first at test_estimate.py:")
+
+
+@pytest.mark.parametrize(
+    ("reads", "said"),
+    [
+        (lambda loss, batch: int(batch[0].argmax()), r"test_estimate.py:\d+ reads a whole number"),
+        (lambda loss, batch: batch[0].nonzero(), "nonzero"),
+        (lambda loss, batch: loss.detach().numpy(), "NumPy"),
+    ],
+    ids=["whole-number", "nonzero", "numpy"],
+)
+def test_a_step_that_depends_on_values_is_refused_with_the_fix(reads: Any, said: str) -> None:
+    with pytest.raises(EstimateError, match=f"{said}.*lightning-mpt compare"):
+        estimate(Trial(functools.partial(Regression, reads)), "32-true", device="cpu")
+
+
+def test_layers_that_torch_copies_can_be_built_and_nothing_stays_behind() -> None:
+    class Encoder(Regression):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 2, 64, batch_first=True), 3)
+
+    before = torch.get_default_dtype(), F.dropout, torch.backends.mkldnn.enabled
+    trial = Trial(Encoder, [[torch.zeros(4, 10, 32)]])
+    assert estimate(trial, "mpt-bf16-true").peak_bytes > 0
+    assert (torch.get_default_dtype(), F.dropout, torch.backends.mkldnn.enabled) == before
+    assert (torch.zeros(2) + 1).tolist() == [1, 1]
+
+
+def test_data_without_a_batch_says_so() -> None:
+    with pytest.raises(EstimateError, match="no batch"):
+        Trial(Regression, []).run(dict, CPU)
