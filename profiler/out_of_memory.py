@@ -6,7 +6,7 @@ Nothing here may get in the way of the exception itself: whatever fails while th
 import re
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,9 +15,6 @@ from .report import MemoryReport
 
 if TYPE_CHECKING:
     from .session import Session
-
-ADVICE = 3
-"""How many changes to propose."""
 
 _CPU = "DefaultCPUAllocator: "
 _SAYS_SO = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
@@ -99,14 +96,4 @@ def _print(report: MemoryReport, phase: str, request_bytes: int | None) -> None:
     asked = f"{format_bytes(request_bytes)} more" if request_bytes is not None else "more"
     live = format_bytes(report.peak_bytes)
     console.print(f"Out of memory on {where}: {asked} was asked for, and this was live, {live}:", style="bold red")
-    print_report(report, console)
-    for advice in _advice(report, request_bytes):
-        console.print(f"- {advice.text}")
-
-
-def _advice(report: MemoryReport, request_bytes: int | None) -> tuple[Any, ...]:
-    try:
-        from .advisor import advise
-    except ImportError:
-        return ()
-    return advise(report, request_bytes)[:ADVICE]
+    print_report(report, console, failed_bytes=request_bytes)
