@@ -22,14 +22,12 @@ from .category import Category
 from .compare import FAILED, JOB, OK, OUT_OF_MEMORY, OUTCOME, PROGRESS, REPORT, Job
 from .ledger import BACKWARD
 from .lightning import MemoryProfiler
+from .out_of_memory import is_out_of_memory
 from .report import MemoryReport
 from .target import TargetError
 
 TrainerArguments = Callable[[str], dict[str, Any]]
 """From a precision's name, what the Trainer is given for it."""
-
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
-"""What the messages of RuntimeErrors say where memory ran out: CUDA's own, torch's CPU allocator, cuBLAS and cuDNN."""
 
 _TIMING_S = 10.0
 """Once the steps that are only timed have taken so long, there are enough of them: of slow ones, one will do."""
@@ -51,7 +49,7 @@ def run(folder: Path, trainer_arguments: TrainerArguments) -> None:
         report.save(folder / REPORT)
     except Exception as error:
         traceback.print_exc()
-        ran_out = is_out_of_memory(error)
+        ran_out = ran_out_of_memory(error)
         outcome["status"] = OUT_OF_MEMORY if ran_out else FAILED
         outcome["bad_target"] = isinstance(error, TargetError) and not ran_out
         outcome["error"] = str(error) if isinstance(error, TargetError) else one_line(error)
@@ -115,13 +113,11 @@ def train(
     return _with_notes(report), seconds
 
 
-def is_out_of_memory(error: BaseException) -> bool:
+def ran_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, here or in what led to this error."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, torch.OutOfMemoryError | MemoryError):
-            return True
-        if isinstance(seen, RuntimeError) and any(words in str(seen) for words in _OUT_OF_MEMORY):
+        if is_out_of_memory(seen):
             return True
         seen = seen.__cause__ or seen.__context__
     return False

@@ -77,6 +77,7 @@ class MemoryProfiler(Profiler):
         self._schedule: Schedule | None = None  # during fit, until the report is there
         self._report: MemoryReport | None = None
         self._callback = _BatchWitness(self)
+        self._joined: list[pl.Callback] = []  # the Trainer's callbacks, while ours is among them
         self.out_of_memory_report: MemoryReport | None = None
         """What was live when memory ran out, if it did in the last fit."""
         self._printed = True
@@ -192,9 +193,9 @@ class MemoryProfiler(Profiler):
     def _begin_step(self) -> None:
         assert self._schedule is not None
         self._schedule.begin()
-        callbacks = _callbacks(self._trainer())
-        if self._schedule.session is not None and self._callback not in callbacks:
-            callbacks.append(self._callback)
+        if self._schedule.session is not None and not self._joined:
+            self._joined = self._trainer().callbacks  # type: ignore[attr-defined]  # set by its callback connector
+            self._joined.append(self._callback)
 
     def _clips(self) -> bool:
         """Whether something is clipped: Lightning asks for it in every step."""
@@ -250,19 +251,15 @@ class MemoryProfiler(Profiler):
         self._schedule.abort()
 
     def _remove_callback(self) -> None:
-        if self._lightning_module is not None:
-            callbacks = _callbacks(self._trainer())
-            if self._callback in callbacks:
-                callbacks.remove(self._callback)
+        # Not by way of the Trainer: it may be gone by the time that a forgotten profiler is torn down.
+        joined, self._joined = self._joined, []
+        if self._callback in joined:
+            joined.remove(self._callback)
 
     def _report_path(self, kind: str = "") -> Path:
         folder = self.dirpath or self._trainer().default_root_dir
         rank = f"-{self._trainer().global_rank}" if self._trainer().global_rank else ""
         return Path(folder) / f"{self.filename or 'memory_report'}{kind}{rank}.json"
-
-
-def _callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
-    return trainer.callbacks  # type: ignore[attr-defined]  # set by the Trainer's callback connector
 
 
 class _BatchWitness(pl.Callback):

@@ -16,8 +16,15 @@ from .report import MemoryReport
 if TYPE_CHECKING:
     from .session import Session
 
-_CPU = "DefaultCPUAllocator: "
-_SAYS_SO = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+_SAYS_SO = (
+    "CUDA error: out of memory",
+    "CUDA out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+)
+"""What RuntimeErrors say where memory ran out: CUDA, cuBLAS, cuDNN, torch's CPU allocator."""
 _UNITS = {"bytes": 0, "KiB": 10, "MiB": 20, "GiB": 30, "TiB": 40}
 _ASKED = re.compile(r"[Tt]ried to allocate ([0-9.]+) (bytes|KiB|MiB|GiB|TiB)")
 
@@ -28,10 +35,9 @@ _observing = False
 
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether `error` says that an allocator, or a library that asks the device itself, got no memory."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    text = str(error) if isinstance(error, RuntimeError) else ""
-    return (_CPU in text and "allocate memory" in text) or any(words in text for words in _SAYS_SO)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _SAYS_SO)
 
 
 def failed_request_bytes(error: BaseException) -> int | None:

@@ -193,10 +193,10 @@ def test_a_run_that_fails_says_how(job: Job, status: str, error: str, bad_target
     ],
 )
 def test_memory_that_ran_out_is_known_by_its_messages(error: Exception, ran_out: bool) -> None:
-    assert compare_child.is_out_of_memory(error) == ran_out
+    assert compare_child.ran_out_of_memory(error) == ran_out
     outer = TargetError("the model raised")
     outer.__cause__ = error
-    assert compare_child.is_out_of_memory(outer) == ran_out
+    assert compare_child.ran_out_of_memory(outer) == ran_out
 
 
 # -- processes --------------------------------------------------------------------------------------------------------
