@@ -16,7 +16,7 @@ things that fakes would distort are put right:
 
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import cache
 from pathlib import Path
 from types import FrameType
@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from ..figures import AllocatorHealth
 from ..owners import in_backward, now_ns
 from ..recording import Event
 
@@ -50,7 +51,10 @@ class FakeMemory(TorchDispatchMode):
     """
 
     lists_live_blocks = True
+    follows_warmup = False
     clock_error_ns = 0
+    failure: tuple[int, int] | None = None
+    overflowed = False
 
     def __init__(
         self, block_bytes: int = 1, workspace_bytes: int = 0, scratch: Callable[[Any, Any], int] = lambda func, args: 0
@@ -75,8 +79,7 @@ class FakeMemory(TorchDispatchMode):
 
     def start(self) -> None:
         self._tell_of_sum()
-        self._start = [] if self._workspace is None else [self._workspace]
-        self._start += [self._event(block.address, block.bytes) for block in self._blocks.values()]
+        self._start = self.live_blocks()
         self._events = []
         self._recording = True
 
@@ -95,6 +98,16 @@ class FakeMemory(TorchDispatchMode):
 
     def reserved_bytes(self) -> int | None:
         return None
+
+    def event_count(self) -> int | None:
+        return len(self._events)
+
+    def health(self, owned: Container[int]) -> AllocatorHealth | None:
+        return None
+
+    def live_blocks(self) -> list[Event]:
+        blocks = [] if self._workspace is None else [self._workspace]
+        return [*blocks, *(self._event(block.address, block.bytes) for block in self._blocks.values())]
 
     def address_of(self, storage: torch.UntypedStorage) -> int:
         block = self._blocks.get(storage._cdata)

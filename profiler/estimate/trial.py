@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -28,11 +29,13 @@ from typing_extensions import override
 from ..lightning import MemoryProfiler
 from ..recording import Recording
 from ..report import MemoryReport
+from ..session import Session
 from .corrections import has_lstm, without_onednn
 from .devices import CUDA, Device
 from .memory import DataDependent, FakeFunctions, FakeMemory
 
 _NONE = object()
+NO_LIMIT = 1 << 62
 STEPS = 2
 """The first makes the optimizer's state, the second is counted."""
 
@@ -97,6 +100,8 @@ class Trial:
         if recording is None:
             raise EstimateError("no training step was run: the training ended before the second batch")
         recording.device = f"{device.name} (estimated)"
+        # No module took the time that it would take.
+        recording.forwards = {path: replace(forward, time_ns=0) for path, forward in recording.forwards.items()}
         recording.notes += [*profiler.device_notes, *_guesses(memory)]
         return MemoryReport.from_recording(_owned_alone(recording))
 
@@ -154,27 +159,36 @@ class _TrialProfiler(MemoryProfiler):
     """Records what happens to memory that is not there, and keeps quiet about it."""
 
     def __init__(self, memory: FakeMemory, device: Device, accumulated: int) -> None:
-        super().__init__(warmup_steps=(STEPS - 1) * accumulated, steps=accumulated)
+        super().__init__(warmup_steps=(STEPS - 1) * accumulated, steps=accumulated, max_events=NO_LIMIT)
         self.batches = STEPS * accumulated
-        self._source = memory
+        self._memory = memory
         self._device = device
         self.recording: Recording | None = None
         self.device_notes: list[str] = []
 
     @override
-    def _new_session(self, trainer: pl.Trainer) -> Any:
+    def _make_session(self, find_duplicates: bool = False) -> Session:
+        trainer = self._trainer()
         self.device_notes = self._device.notes(trainer.lightning_module)
         for optimizer in trainer.optimizers:
             self._device.prepare(optimizer)
-        return super()._new_session(trainer)
+        # Duplicates are found by their values, and here there are none.
+        return Session(
+            trainer.lightning_module,
+            trainer.optimizers,
+            witnesses=[trainer.precision_plugin],
+            device=trainer.strategy.root_device,
+            max_events=self.max_events,
+            find_duplicates=False,
+            source=self._memory,
+        )
 
     @override
     def _finish(self) -> None:
-        session, self._session = self._session, None
-        self._done = True
-        if session is not None:
-            self._remove_callback()
-            self.recording = session.finish()
+        schedule, self._schedule = self._schedule, None
+        self._remove_callback()
+        if schedule is not None:
+            self.recording = schedule.finish()
 
     @override
     def describe(self) -> None: ...

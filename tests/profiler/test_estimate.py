@@ -14,7 +14,7 @@ from benchmarks.estimate import PRECISIONS, TARGET, Case, convnet, errors, estim
 from lightning_mpt.cli.estimate import estimate
 from lightning_mpt.profiler.estimate import CPU, EstimateError, Trial
 
-GPT2 = Case(gpt2, {"layers": 2, "width": 64, "vocab_size": 256, "seq_len": 64, "batch_size": 4})
+GPT2 = Case(gpt2, {"layers": 1, "width": 64, "vocab_size": 256, "seq_len": 64, "batch_size": 4})
 MLP = Case(mlp, {"features": 32, "width": 64, "layers": 2, "batch_size": 256})
 CONVNET = Case(convnet, {"width": 8, "size": 16, "batch_size": 8})
 LSTM = Case(lstm, {"features": 16, "width": 32, "layers": 2, "steps": 12, "batch_size": 8}, onednn=False)

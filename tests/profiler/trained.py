@@ -41,6 +41,20 @@ class WithData(Tiny):
         return DataLoader(Samples(40), batch_size=4)
 
 
+class ReadsANumber(WithData):
+    """Its loss depends on where the largest element is."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
+        return super().training_step(batch[int(batch.sum(1).argmax()) :], batch_idx)
+
+
+class WrongShape(WithData):
+    """A linear layer that does not fit."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
+        return super().training_step(batch[:, :3], batch_idx)
+
+
 class OutOfMemoryAtBF16(WithData):
     """Where the plain half precision is used, memory runs out at the first step."""
 
