@@ -3,7 +3,8 @@
 import argparse
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,13 @@ from ..presets import PRESETS
 from ..profiler import MemoryReport
 from ..profiler.class_path import TargetError
 from ..profiler.compare import FAILED, OK, Row, base_of, to_json
-from ..profiler.estimate import EstimateError, PerRank, Trial, largest_batch, per_rank
-from ..profiler.target import Target
+from ..profiler.compare_child import one_line
+from ..profiler.estimate import NEEDS_VALUES, EstimateError, PerRank, Trial, largest_batch, per_rank
+from .compare import ON_CPU, ON_CUDA
 from .target_options import add_target, read_target
 
-FOR = {
-    "cpu": ("32-true", "bf16-mixed", "bf16-true", "mpt-bf16-true", "mpt-bf16-true:compact"),
-    "cuda": ("32-true", "16-mixed", "bf16-mixed", "16-true", "mpt-16-true", "mpt-16-true:compact"),
-}
+FOR = {"cpu": ON_CPU, "cuda": ON_CUDA}
+ON_A_DEVICE = "run `lightning-mpt compare` on a device"
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -62,23 +62,23 @@ def run(options: argparse.Namespace) -> int:
         options.save.mkdir(parents=True, exist_ok=True)
 
     trial = Trial(target.build_model, target.build_data())
+    ask = partial(estimate, trial, device=options.device, settings=target.trainer_settings())
     rows: list[Row] = []
-    batches: dict[str, int] = {}
+    batches: dict[str, int | None] = {}
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         for number, precision in enumerate(precisions, 1):
-            task = progress.add_task(f"{precision} ({number} of {len(precisions)})")
-
-            def peak_of(batch_size: int, precision: str = precision, task: Any = task) -> int:
-                progress.update(task, description=f"{precision}, batch of {batch_size}")
-                return estimate(
-                    trial, precision, device=options.device, batch_size=batch_size, settings=target.trainer_settings()
-                ).peak_bytes
-
-            rows.append(_row(trial, precision, target, options))
-            if memory_bytes is not None and rows[-1].status == OK:
-                batches[precision] = largest_batch(peak_of, memory_bytes, options.batch_size or trial.batch_size)
+            name = f"{precision} ({number} of {len(precisions)})"
+            task = progress.add_task(name)
+            rows.append(_row(partial(ask, precision, batch_size=options.batch_size), precision))
+            report = rows[-1].report
+            if report is not None and options.save is not None:
+                report.save(options.save / f"{precision.replace(':', '-')}.json")
+            if report is not None and memory_bytes is not None:
+                say = partial(progress.update, task)
+                first = options.batch_size or trial.batch_size
+                batches[precision] = _largest_batch(partial(ask, precision), memory_bytes, first, say, name)
             progress.remove_task(task)
     ranks = {row.precision: per_rank(row.report, options.ranks) for row in rows if options.ranks and row.report}
     if options.json:
@@ -118,26 +118,32 @@ def estimate(
     )
 
 
-def _row(trial: Trial, precision: str, target: Target, options: argparse.Namespace) -> Row:
+def _row(ask: Callable[[], MemoryReport], precision: str) -> Row:
     try:
-        report = estimate(
-            trial,
-            precision,
-            device=options.device,
-            batch_size=options.batch_size,
-            settings=target.trainer_settings(),
-        )
-    except TargetError:
-        raise
+        return Row(precision, OK, ask())
+    except TargetError as error:
+        if not isinstance(error.__cause__, NEEDS_VALUES):
+            raise
+        return Row(precision, FAILED, error=f"{error} (on fake tensors; {ON_A_DEVICE})")
     except EstimateError as error:
-        return Row(precision, FAILED, error=str(error))
+        return Row(precision, FAILED, error=f"{error}: {ON_A_DEVICE}")
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        said = f"{type(error).__name__}: {lines[0]}"
-        return Row(precision, FAILED, error=f"{said} (on fake tensors; `lightning-mpt compare` runs it on a device)")
-    if options.save is not None:
-        report.save(options.save / f"{precision.replace(':', '-')}.json")
-    return Row(precision, OK, report)
+        return Row(precision, FAILED, error=f"{one_line(error)} (on fake tensors; {ON_A_DEVICE})")
+
+
+def _largest_batch(
+    ask: Callable[..., MemoryReport], memory_bytes: int, first: int, say: Callable[..., None], name: str
+) -> int | None:
+    """None where a step of some other size cannot be run: batch norm refuses a single sample."""
+
+    def peak_of(size: int) -> int:
+        say(description=f"{name}, a batch of {size}")
+        return ask(batch_size=size).peak_bytes
+
+    try:
+        return largest_batch(peak_of, memory_bytes, first)
+    except Exception:
+        return None
 
 
 def size_in_bytes(text: str) -> int:
@@ -149,7 +155,7 @@ def size_in_bytes(text: str) -> int:
 
 
 def _json(
-    rows: Sequence[Row], batches: Mapping[str, int], ranks: Mapping[str, PerRank], memory_bytes: int | None
+    rows: Sequence[Row], batches: Mapping[str, int | None], ranks: Mapping[str, PerRank], memory_bytes: int | None
 ) -> list[dict[str, Any]]:
     content = to_json(rows)
     for row in content:
@@ -162,13 +168,13 @@ def _json(
 
 
 def _more(
-    rows: Sequence[Row], batches: Mapping[str, int], ranks: Mapping[str, PerRank], options: argparse.Namespace
+    rows: Sequence[Row], batches: Mapping[str, int | None], ranks: Mapping[str, PerRank], options: argparse.Namespace
 ) -> dict[str, dict[str, int | None]]:
     """The table's further lines: label -> precision -> a number of samples, or of bytes."""
     lines: dict[str, dict[str, Any]] = {}
     if options.memory is not None:
         lines[f"largest batch in {options.memory}"] = {
-            name: str(size) if size else "none" for name, size in batches.items()
+            name: "unknown" if size is None else str(size or "none") for name, size in batches.items()
         }
     if ranks:
         lines[f"each of {options.ranks}, DDP"] = {name: _ddp_bytes(name, ranks) for name in ranks}

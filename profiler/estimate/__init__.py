@@ -9,6 +9,6 @@ are those of a recording on a device: what is proven of these holds here. `corre
 from .batch import largest_batch
 from .devices import CPU, CUDA, Device
 from .ranks import PerRank, per_rank
-from .trial import EstimateError, Trial
+from .trial import NEEDS_VALUES, EstimateError, Trial
 
-__all__ = ["CPU", "CUDA", "Device", "EstimateError", "PerRank", "Trial", "largest_batch", "per_rank"]
+__all__ = ["CPU", "CUDA", "NEEDS_VALUES", "Device", "EstimateError", "PerRank", "Trial", "largest_batch", "per_rank"]

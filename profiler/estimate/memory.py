@@ -214,7 +214,7 @@ class FakeMemory(TorchDispatchMode):
         dtype = torch.bool if func is aten.equal.default else tensors[0].dtype
         where = _reader()
         if dtype is not torch.bool and not dtype.is_floating_point:
-            raise DataDependent(f"{where or 'the training loop'} reads a whole number from a tensor on the host")
+            raise DataDependent(_WHOLE_NUMBER.format(where or _LOOP))
         if where is not None:
             self.guesses[where] = self.guesses.get(where, 0) + 1
         return True if dtype is torch.bool else 1.0
@@ -222,15 +222,19 @@ class FakeMemory(TorchDispatchMode):
 
 class FakeFunctions(TorchFunctionMode):
     """Within it fake tensors can be deep-copied, where torch would copy memory that is not there, and say why they
-    cannot become arrays."""
+    cannot become arrays or whole numbers."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func not in _SPECIAL or not isinstance(args[0], FakeTensor):
             return func(*args, **(kwargs or {}))
+        if func in _TO_WHOLE_NUMBER:
+            if args[0].constant is not None:
+                return func(*args)
+            raise DataDependent(_WHOLE_NUMBER.format(_reader() or _LOOP))
         if func is not torch.Tensor.__deepcopy__:
-            raise DataDependent(f"{_reader() or 'the training loop'} makes a NumPy array of a tensor")
+            raise DataDependent(f"{_reader() or _LOOP} makes a NumPy array of a tensor")
         tensor, memo = args
         if id(tensor) not in memo:
             copy = tensor.detach().clone()
@@ -258,7 +262,10 @@ _MACHINERY = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 _TRAINERS = tuple(
     str(Path(package.__file__ or "").parent) for package in (lightning, sys.modules[__name__.partition(".")[0]])
 )
-_SPECIAL = (torch.Tensor.__deepcopy__, torch.Tensor.numpy, torch.Tensor.__array__)
+_TO_WHOLE_NUMBER = (torch.Tensor.__int__, torch.Tensor.__index__)
+_SPECIAL = (*_TO_WHOLE_NUMBER, torch.Tensor.__deepcopy__, torch.Tensor.numpy, torch.Tensor.__array__)
+_WHOLE_NUMBER = "{} reads a whole number from a tensor on the host"
+_LOOP = "the training loop"
 _HOST_READS: frozenset[Callable[..., Any]] = frozenset({aten._local_scalar_dense.default, aten.equal.default})
 
 

@@ -40,6 +40,10 @@ STEPS = 2
 """The first makes the optimizer's state, the second is counted."""
 
 
+NEEDS_VALUES = (DataDependent, DataDependentOutputException, DynamicOutputShapeException)
+"""What is raised where an operation's result depends on values."""
+
+
 class EstimateError(RuntimeError):
     """The step cannot be run on fake tensors. One line says why."""
 
@@ -92,10 +96,8 @@ class Trial:
                 if has_lstm(module):
                     stack.enter_context(without_onednn())
                 self._fit(module, profiler, given, batch_size)
-        except (DataDependent, DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise EstimateError(
-                f"{_reason(error)}, which fake tensors cannot tell: run `lightning-mpt compare` on a device"
-            ) from error
+        except NEEDS_VALUES as error:
+            raise EstimateError(f"{_reason(error)}, which fake tensors cannot tell") from error
         recording = profiler.recording
         if recording is None:
             raise EstimateError("no training step was run: the training ended before the second batch")
@@ -255,8 +257,8 @@ def _guesses(memory: FakeMemory) -> list[str]:
         return []
     first = next(iter(memory.guesses))
     return [
-        f"{sum(memory.guesses.values())} numbers were read on the host, first at {first}, and taken for 1 (or true): a "
-        "step that goes another way for other values would need other memory."
+        f"Numbers read on the host (first at {first}) were taken for 1, or true: a step that goes another way for "
+        "other values would need other memory."
     ]
 
 

@@ -56,13 +56,19 @@ def test_the_table_fits_a_narrow_terminal(capsys: pytest.CaptureFixture[str], mo
         assert text in " ".join(printed.split())
 
 
-def test_a_step_that_fakes_cannot_run_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["estimate", "--model", f"{HERE}:ReadsANumber", "--precision", "32-true", "--json"]) == 1
+@pytest.mark.parametrize("model", ["ReadsANumber", "BuiltFromNumbers"])
+def test_what_fakes_cannot_run_is_one_line(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", "--model", f"{HERE}:{model}", "--precision", "32-true", "--json"]) == 1
     (row,) = json.loads(capsys.readouterr().out)
     assert row["status"] == "failed"
     assert "trained.py:" in row["error"]
     assert "lightning-mpt compare" in row["error"]
     assert "\n" not in row["error"]
+
+
+def test_where_another_batch_size_cannot_be_the_largest_is_unknown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", "--model", f"{HERE}:OfFour", "--precision", "32-true", "--memory", "1MiB"]) == 0
+    assert "unknown" in capsys.readouterr().out
 
 
 def test_so_is_one_that_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,6 +48,20 @@ class ReadsANumber(WithData):
         return super().training_step(batch[int(batch.sum(1).argmax()) :], batch_idx)
 
 
+class BuiltFromNumbers(WithData):
+    """Its width is the value of a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__(int(torch.linspace(8, 16, 3)[1]))
+
+
+class OfFour(WithData):
+    """A batch is of four samples."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
+        return super().training_step(batch.view(4, 8), batch_idx)
+
+
 class WrongShape(WithData):
     """A linear layer that does not fit."""
 
