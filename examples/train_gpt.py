@@ -49,7 +49,7 @@ class Size:
 
 
 SIZES = {
-    "nano": Size(layers=2, heads=2, width=32),  # for tests
+    "nano": Size(layers=2, heads=2, width=32),  # for tests, and CPUs that are slow in bf16
     "tiny": Size(layers=4, heads=4, width=256),  # for two CPU cores
     "small": Size(layers=12, heads=12, width=768),  # GPT-2's smallest
     "medium": Size(layers=24, heads=16, width=1024),
@@ -249,6 +249,14 @@ def parse_loss_scale(text: str) -> str | float | None:
         raise argparse.ArgumentTypeError(f"{text!r} is not auto, dynamic, none or a positive number") from None
 
 
+def multiplies_bf16() -> bool:
+    """Whether torch has fast bf16 matrix products for this CPU. Without, they are many times slower than FP32's."""
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except AttributeError:  # not built with oneDNN: no way to tell
+        return True
+
+
 def quiet_lightning() -> None:
     """No start-up banner and no advice: this run is short, and its loader has next to nothing to do."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -259,8 +267,8 @@ def quiet_lightning() -> None:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, its gaps filled with what suits the accelerator."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--size", choices=SIZES, help="default: tiny on CPU, small on a GPU")
-    parser.add_argument("--steps", type=int, help="default: 400 on CPU, 1000 on a GPU")
+    parser.add_argument("--size", choices=SIZES, help="default: tiny on CPU (nano without AVX-512), small on a GPU")
+    parser.add_argument("--steps", type=int, help="default: 400 on CPU (100 without AVX-512), 1000 on a GPU")
     parser.add_argument(
         "--precision",
         type=parse_precision,
@@ -284,8 +292,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         arguments.accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.accelerator == "cuda":
         defaults = {"size": "small", "steps": 1000, "precision": "mpt-16-true", "seq_len": 1024}
-    else:
+    elif multiplies_bf16():
         defaults = {"size": "tiny", "steps": 400, "precision": "mpt-bf16-true", "seq_len": 256}
+    else:
+        print("This CPU has no AVX-512, and bf16 is many times slower than FP32 on it: a smaller GPT, fewer steps.")
+        defaults = {"size": "nano", "steps": 100, "precision": "mpt-bf16-true", "seq_len": 256}
     for name, value in defaults.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
