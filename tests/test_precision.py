@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loops.optimization.automatic import Closure
+from lightning.pytorch.utilities.rank_zero import WarningCache
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LinearLR
 from training import Classifier, Validated, adamw, classification, fit, loader, mlp, trainer
@@ -445,7 +447,9 @@ def test_metrics_reach_the_logger_and_the_progress_bar(tmp_path: Any) -> None:
     assert len(lines) == 1 + 4
 
 
-def test_a_training_step_of_none_changes_nothing_and_counts_as_no_step() -> None:
+def test_a_training_step_of_none_changes_nothing_and_counts_as_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Closure, "warning_cache", WarningCache())  # Lightning warns once a process
+
     class Sometimes(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
             return None if batch_idx % 2 else super().training_step(batch, batch_idx)
