@@ -22,7 +22,7 @@ from .recorder import check_bounds
 from .report import MemoryReport
 from .schedule import Schedule
 from .session import Session, json_path
-from .sources import MAX_EVENTS
+from .sources import MAX_EVENTS, Source
 
 _FETCH = ".train_dataloader_next"
 _BATCH = "run_training_batch"
@@ -76,6 +76,7 @@ class MemoryProfiler(Profiler):
         self._lightning_module: pl.LightningModule | None = None  # the Trainer sets it
         self._schedule: Schedule | None = None  # during fit, until the report is there
         self._report: MemoryReport | None = None
+        self._source: Source | None = None  # the device's own
         self._callback = _BatchWitness(self)
         self._joined: list[pl.Callback] = []  # the Trainer's callbacks, while ours is among them
         self.out_of_memory_report: MemoryReport | None = None
@@ -184,6 +185,7 @@ class MemoryProfiler(Profiler):
             device=trainer.strategy.root_device,
             max_events=self.max_events,
             find_duplicates=find_duplicates,
+            source=self._source,
         )
 
     def _trainer(self) -> pl.Trainer:

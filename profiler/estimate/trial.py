@@ -163,7 +163,7 @@ class _TrialProfiler(MemoryProfiler):
     def __init__(self, memory: FakeMemory, device: Device, accumulated: int) -> None:
         super().__init__(warmup_steps=(STEPS - 1) * accumulated, steps=accumulated, max_events=NO_LIMIT)
         self.batches = STEPS * accumulated
-        self._memory = memory
+        self._source = memory
         self._device = device
         self.recording: Recording | None = None
         self.device_notes: list[str] = []
@@ -174,16 +174,7 @@ class _TrialProfiler(MemoryProfiler):
         self.device_notes = self._device.notes(trainer.lightning_module)
         for optimizer in trainer.optimizers:
             self._device.prepare(optimizer)
-        # Duplicates are found by their values, and here there are none.
-        return Session(
-            trainer.lightning_module,
-            trainer.optimizers,
-            witnesses=[trainer.precision_plugin],
-            device=trainer.strategy.root_device,
-            max_events=self.max_events,
-            find_duplicates=False,
-            source=self._memory,
-        )
+        return super()._make_session()  # without duplicates: they are found by their values, and here there are none
 
     @override
     def _finish(self) -> None:
