@@ -1,9 +1,11 @@
 """Does it train as well? The example GPT under each precision, over some seeds, against the spread of FP32's own seeds.
 
-    python -m benchmarks.accuracy                        # about an hour on two cores; may be stopped and continued
+    python -m benchmarks.accuracy                        # within an hour on two cores; may be stopped and continued
     python -m benchmarks.accuracy --steps 100 --seeds 2  # a quick one
     python -m benchmarks.accuracy --precision 32-true mpt-bf16-true:compact  # some of the precisions
 
+Where the CPU has no instructions for products in bf16, they are FP32 products rounded to bf16 (`half_products.py`), and
+the example is its smallest size: the file says so.
 A seed draws the initial weights and the order of the data; the validation text is always the same. Every run is
 a process of its own, and its result is kept at once: what is in the file, of the same commit and length, is not run
 again. `minimal` cannot clip by norm, so it is held against FP32 without clipping.
@@ -27,6 +29,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.common import RESULTS, ROOT, environment, without_paths, write_result
+from benchmarks.half_products import HalfProducts
+from examples import train_gpt
 
 OURS = "mpt-bf16-true"
 REFERENCE, UNCLIPPED = "32-true", "32-true, unclipped"
@@ -38,28 +42,39 @@ def reference_of(precision: str) -> str:
     return UNCLIPPED if precision.endswith((":minimal", "unclipped")) else REFERENCE
 
 
-def train(precision: str, seed: int, steps: int) -> float:
+def train(precision: str, seed: int, steps: int, size: str) -> float:
     """The example's validation loss, in nats per byte."""
-    from examples import train_gpt
-
     name, _, unclipped = precision.partition(", ")
-    arguments = ["--precision", name, "--seed", str(seed), "--steps", str(steps), "--accelerator", "cpu"]
+    arguments = [
+        "--precision",
+        name,
+        "--seed",
+        str(seed),
+        "--steps",
+        str(steps),
+        "--size",
+        size,
+        "--accelerator",
+        "cpu",
+    ]
     if unclipped:
         arguments.append("--no-clipping")
-    with contextlib.redirect_stdout(io.StringIO()):
+    products = contextlib.nullcontext() if train_gpt.multiplies_bf16() else HalfProducts()
+    with contextlib.redirect_stdout(io.StringIO()), products:
         return train_gpt.main(arguments)
 
 
-def train_apart(precision: str, seed: int, steps: int, threads: int) -> dict[str, Any]:
+def train_apart(precision: str, seed: int, steps: int, size: str, threads: int) -> dict[str, Any]:
     """`train` in a fresh process. The last line that it prints is the answer."""
-    command = [sys.executable, "-m", "benchmarks.accuracy", "--child", precision, str(seed), str(steps)]
+    command = [sys.executable, "-m", "benchmarks.accuracy", "--child", precision, str(seed), str(steps), size]
     variables = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3600, env=variables)
     if done.returncode != 0:
         raise RuntimeError(
             f"{precision} with seed {seed} ended with status {done.returncode}:\n{without_paths(done.stderr)}"
         )
-    return {"precision": precision, "seed": seed, "steps": steps, "loss": json.loads(done.stdout.splitlines()[-1])}
+    loss = json.loads(done.stdout.splitlines()[-1])
+    return {"precision": precision, "seed": seed, "steps": steps, "size": size, "loss": loss}
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -108,23 +123,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     description = (__doc__ or "").splitlines()[0]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=description)
     parser.add_argument("--steps", type=int, default=400, help="training steps of a run (default: 400)")
+    parser.add_argument("--size", help="of the example's GPT (default: tiny; nano where the CPU has no bf16)")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds (default: 3)")
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS, metavar="NAME")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--out", type=Path, default=RESULTS / "accuracy_cpu.json", help="where the JSON goes")
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.child:
-        precision, seed, steps = arguments.child
-        loss = train(precision, int(seed), int(steps))
+        precision, seed, steps, size = arguments.child
+        loss = train(precision, int(seed), int(steps), size)
         print("\n" + json.dumps(loss))
         return 0
 
-    options = ["--steps", str(arguments.steps), "--seeds", str(arguments.seeds)]
+    native = train_gpt.multiplies_bf16()
+    size = arguments.size or ("tiny" if native else "nano")
+    options = ["--size", size, "--steps", str(arguments.steps), "--seeds", str(arguments.seeds)]
     if set(arguments.precision) != set(PRECISIONS):
         options += ["--precision", *(f'"{name}"' if " " in name else name for name in arguments.precision)]
-    where = environment("benchmarks.accuracy", options)
-    runs = kept(arguments.out, where["commit"], arguments.steps)
+    where = {
+        **environment("benchmarks.accuracy", options),
+        "half_products": "the CPU's own" if native else "FP32 products of half operands, rounded to half",
+    }
+    runs = kept(arguments.out, where["commit"], arguments.steps, size)
     done = {(run["precision"], run["seed"]) for run in runs}
     todo = [(p, s) for s in range(arguments.seeds) for p in arguments.precision if (p, s) not in done]
     threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
@@ -133,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         bar = progress.add_task("training", total=len(todo))
 
         def run_one(case: tuple[str, int]) -> None:
-            runs.append(train_apart(*case, arguments.steps, threads))
+            runs.append(train_apart(*case, arguments.steps, size, threads))
             write_result(arguments.out, {"environment": where, "runs": list(runs), "summary": summary(runs)})
             progress.advance(bar)
 
@@ -145,14 +166,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if outside else 0
 
 
-def kept(path: Path, commit: str, steps: int) -> list[dict[str, Any]]:
-    """The runs in an earlier result, if it is of the same commit and length."""
+def kept(path: Path, commit: str, steps: int, size: str) -> list[dict[str, Any]]:
+    """The runs in an earlier result that are of the same commit, length and size."""
     if not path.exists():
         return []
     earlier = json.loads(path.read_text(encoding="utf-8"))
     if earlier["environment"]["commit"] != commit:
         return []
-    return [run for run in earlier["runs"] if run["steps"] == steps]
+    return [run for run in earlier["runs"] if run["steps"] == steps and run.get("size") == size]
 
 
 if __name__ == "__main__":
