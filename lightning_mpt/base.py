@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +11,15 @@ from torch.optim import Optimizer
 from .kernels import Kernel, kernel_for
 from .kernels.slots import GradientTransform
 from .masters import MasterWeights
+
+
+class Scan(NamedTuple):
+    """What one look at all gradients of an optimizer found: float32 without dimensions, on the device."""
+
+    found_inf: Tensor
+    """1 if any element is inf or NaN."""
+    norm: Tensor | None
+    """The Euclidean norm of all gradients as they are, still scaled, where it was wanted."""
 
 
 class MasterOptimizer(Optimizer):
@@ -38,15 +48,11 @@ class MasterOptimizer(Optimizer):
         """The parameters of all groups, in order."""
         return (parameter for group in self.param_groups for parameter in group["params"])
 
-    def scan_gradients(self, *, norm: bool) -> tuple[Tensor, Tensor | None]:
-        """Look once at all gradients, as they are (still scaled).
+    def scan_gradients(self, *, norm: bool) -> Scan:
+        """Look once at all gradients, as they are. What is found is on the device of the first one.
 
         Args:
             norm: whether the Euclidean norm over all of them is wanted.
-
-        Returns:
-            `found_inf` (float32 without dimensions, 1 if any element is inf or NaN), and the norm (the same) or None;
-            both on the device of the first gradient.
 
         Raises:
             RuntimeError: a gradient is sparse.
@@ -64,10 +70,11 @@ class MasterOptimizer(Optimizer):
         if not found:
             device = next(self.parameters()).device
             zero = torch.zeros((), dtype=torch.float32, device=device)
-            return zero, zero if norm else None
+            return Scan(zero, zero if norm else None)
         device = gradients[0].device
         found_inf = torch.stack([one.to(device) for one in found]).amax()
-        return found_inf, torch.linalg.vector_norm(torch.stack([one.to(device) for one in norms])) if norm else None
+        whole = torch.linalg.vector_norm(torch.stack([one.to(device) for one in norms])) if norm else None
+        return Scan(found_inf, whole)
 
     def memory_categories(self) -> Iterator[tuple[str, Tensor, Tensor | None]]:
         """For the memory profiler: which tensor beside the optimizer's state is what, and whose."""
