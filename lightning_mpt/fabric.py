@@ -144,12 +144,14 @@ class FabricMasterWeightPrecision(MasterWeightPipeline, Precision):
 
     @override
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
-        result = None if closure is None else closure()
-        if self._converted:
-            self.adopt(optimizer)  # set up before its module
-            self._update(optimizer, self._clips.pop(optimizer, None), **kwargs)
-        else:
-            optimizer.step(**kwargs)
+        if not self._converted:
+            return super().optimizer_step(optimizer, **({} if closure is None else {"closure": closure}), **kwargs)
+        self.adopt(optimizer)  # set up before its module
+        result = None
+        if closure is not None:
+            result = closure()
+            kwargs["closure"] = lambda: result
+        self._update(optimizer, self._clips.pop(optimizer, None), **kwargs)
         return result
 
     def clip(self, optimizer: Optimizer, limit: float, *, by_norm: bool) -> Tensor | None:

@@ -186,7 +186,7 @@ class MasterWeightPrecision(MasterWeightPipeline, Precision):
         if result is None and model.automatic_optimization:
             return result  # training_step returned None: there is nothing to learn from
         scan = None if self._release is None else Scan(self._release.found_inf(), None)
-        self._update(optimizer, clip, scan, **kwargs)
+        self._update(optimizer, clip, scan, closure=lambda: result, **kwargs)
         return result
 
 
@@ -200,4 +200,5 @@ class _LogMetrics(Callback):
     def on_train_batch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *_: Any) -> None:
         # What the host knows by now, as tensors on the CPU: logging them waits for nothing.
         for name, value in (("mpt/loss_scale", self._skips.scale), ("mpt/skipped_steps", self._skips.total)):
-            pl_module.log(name, torch.tensor(float(value)), on_step=True, on_epoch=False, prog_bar=True)
+            # Lightning asks for the batch size in a `training_step(dataloader_iter)`, though there is no mean to take.
+            pl_module.log(name, torch.tensor(float(value)), on_step=True, on_epoch=False, prog_bar=True, batch_size=1)
