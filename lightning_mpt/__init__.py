@@ -1,8 +1,16 @@
 """Half-precision training with FP32 master weights for PyTorch Lightning."""
 
+from .fabric import FabricMasterWeightPrecision
 from .loss_scale import ConstantLossScale, DynamicLossScale
 from .optimizer import MasterAdamW
 from .precision import MasterWeightPrecision
 from .presets import PRESETS
 
-__all__ = ["PRESETS", "ConstantLossScale", "DynamicLossScale", "MasterAdamW", "MasterWeightPrecision"]
+__all__ = [
+    "PRESETS",
+    "ConstantLossScale",
+    "DynamicLossScale",
+    "FabricMasterWeightPrecision",
+    "MasterAdamW",
+    "MasterWeightPrecision",
+]

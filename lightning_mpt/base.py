@@ -1,6 +1,7 @@
 """What every optimizer over master weights can do, whatever its rule: `MasterAdamW` and the bridge build on it."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +11,15 @@ from .kernels import Kernel, kernel_for
 from .kernels.slots import GradientTransform
 from .masters import MasterWeights
 from .shards import Layout, layout, local, over_all_shards
+
+
+class Scan(NamedTuple):
+    """What one look at all gradients of an optimizer found: float32 without dimensions, on the device."""
+
+    found_inf: Tensor
+    """1 if any element is inf or NaN."""
+    norm: Tensor | None
+    """The Euclidean norm of all gradients as they are, still scaled, where it was wanted."""
 
 
 class MasterOptimizer(Optimizer):
@@ -38,15 +48,11 @@ class MasterOptimizer(Optimizer):
         """The parameters of all groups, in order."""
         return (parameter for group in self.param_groups for parameter in group["params"])
 
-    def scan_gradients(self, *, norm: bool) -> tuple[Tensor, Tensor | None]:
-        """Look once at all gradients, as they are (still scaled).
+    def scan_gradients(self, *, norm: bool) -> Scan:
+        """Look once at all gradients, as they are. What is found is on the device of the first one.
 
         Args:
             norm: whether the Euclidean norm over all of them is wanted.
-
-        Returns:
-            `found_inf` (float32 without dimensions, 1 if any element is inf or NaN), and the norm (the same) or None;
-            both on the device of the first gradient.
 
         Raises:
             RuntimeError: a gradient is sparse.
@@ -65,10 +71,11 @@ class MasterOptimizer(Optimizer):
             found.append(found_inf)
             norms += [] if part is None else [part]
         if not found:
-            return self._scan(next(self.parameters()).device, [], norm=norm)
+            return Scan(*self._scan(next(self.parameters()).device, [], norm=norm))
         device = gradients[0].device
         found_inf = torch.stack([one.to(device) for one in found]).amax()
-        return found_inf, torch.linalg.vector_norm(torch.stack([one.to(device) for one in norms])) if norm else None
+        whole = torch.linalg.vector_norm(torch.stack([one.to(device) for one in norms])) if norm else None
+        return Scan(found_inf, whole)
 
     def _scan(self, device: torch.device, gradients: list[Tensor], *, norm: bool) -> tuple[Tensor, Tensor | None]:
         """The same of what is here, on one device; there may be nothing."""

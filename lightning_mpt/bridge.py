@@ -40,7 +40,8 @@ class BridgedOptimizer(MasterOptimizer):
         if found_inf is not None and bool(found_inf):
             return loss
         with self._masters_in_groups(), self._true_gradients(), self._inputs_hidden():
-            super().step()
+            # Some optimizers take no step without a closure. What it does is done: now it only tells the loss.
+            super().step(*([] if closure is None else [lambda: cast(Any, loss)]))
         for parameter in self.parameters():
             if parameter.grad is not None and parameter.dtype in HALF_DTYPES:
                 self.masters.publish(parameter)

@@ -78,7 +78,11 @@ class ConvertedModule:
             if parameter.is_floating_point() and id(parameter) not in stays
         }
         self._check()
-        self.was_half = [name for parameter, name in self._parameters.items() if parameter.dtype in HALF_DTYPES]
+        self.was_half = [
+            name
+            for parameter, name in self._parameters.items()
+            if parameter.dtype in HALF_DTYPES and parameter not in masters
+        ]
         try:
             self._convert_module(kept, cast_around)
         except BaseException:  # out of memory, most likely
@@ -87,7 +91,8 @@ class ConvertedModule:
 
     def _convert_module(self, kept: set[nn.Module], cast_around: set[nn.Module]) -> None:
         for parameter in self._parameters:
-            self._convert(parameter)
+            if parameter not in self._masters:  # another module has it too, and is converted
+                self._convert(parameter)
         for part in self.module.modules():
             if part not in kept:
                 self._convert_buffers(part)
@@ -216,7 +221,9 @@ class ConvertedModule:
             if parameter in self._parameters and prefix + name in state_dict:
                 state_dict[prefix + name] = self._decode(parameter)
         for name, buffer in part._buffers.items():
-            if buffer is not None and (part, name) in self._buffers and prefix + name in state_dict:
+            given = state_dict.get(prefix + name)
+            # FP32 already, where the part belongs to another converted module too.
+            if buffer is not None and (part, name) in self._buffers and _is_half(given):
                 state_dict[prefix + name] = self._buffer_in_fp32(buffer, self._buffers[part, name])
 
     def _decode(self, parameter: Tensor) -> Tensor:
@@ -256,6 +263,10 @@ class ConvertedModule:
 
     def _outputs_to_half(self, module: nn.Module, args: Any, output: Any) -> Any:
         return tree_map(lambda value: _cast(value, torch.float32, self._dtype), output)
+
+
+def _is_half(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in HALF_DTYPES
 
 
 def _own_tensors(part: nn.Module) -> Iterator[Tensor]:

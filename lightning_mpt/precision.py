@@ -1,51 +1,41 @@
-"""The Trainer plugin: when what happens. The parts are in the other modules.
+"""The Trainer plugin: when what happens. What Fabric needs too is in `pipeline.py`, the parts are in the other modules.
 
-convert_module   masters are taken from the FP32 weights, which then become half        conversion.py
-connect          AdamW is served by the fused step, other optimizers by FP32 masters    optimizer.py, bridge.py
-forward          half products, FP32 sums and losses                                    numerics.py
-pre_backward     the loss is FP32, and is scaled                                        loss_scale.py
-optimizer_step   one look at the gradients, then unscale, clip and update in one pass   kernels/
+convert_module   the module becomes half
+connect          its optimizers step FP32 masters, and its schedules wait for skipped steps
+pre_backward     the loss is scaled
+optimizer_step   unscale, clip and update, or skip
 teardown         the module is FP32 again, and everything global is what it was
 """
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import LBFGS, Adam, AdamW, Optimizer, SparseAdam
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from typing_extensions import override
 
-from .bridge import BridgedOptimizer, bridge
-from .conversion import RUNNING_NORMS, ConvertedModule
-from .loss_scale import ConstantLossScale, DynamicLossScale, make_loss_scale
-from .masters import MasterWeights
-from .numerics import FP32Losses, default_dtype, fp32_sums
+from .base import Scan
+from .bridge import BridgedOptimizer
+from .loss_scale import ConstantLossScale, DynamicLossScale
 from .optimizer import MasterAdamW
+from .pipeline import Clip, MasterWeightPipeline, refuse_optimizer, unwrapped
 from .release import GradientRelease, check_loop
-from .replicas import share_masters
-from .schedules import HeldSchedules
-from .shards import any_sharded, local
-from .skips import SkippedSteps
-from .storage import master_storage, moment_storage
+from .shards import any_sharded
 
-DTYPES = {"16-true": torch.float16, "bf16-true": torch.bfloat16}
 OWN_MASTERS = ("DeepSpeedStrategy",)
 """Strategies that do what this plugin does. Lightning's FSDPStrategy refuses every precision plugin but its own."""
 
 
-class MasterWeightPrecision(Precision):
+class MasterWeightPrecision(MasterWeightPipeline, Precision):
     """Train in half precision with FP32 master weights: `Trainer(plugins=[MasterWeightPrecision("16-true")])`.
 
     The pipeline of *Mixed Precision Training* (Micikevicius et al., ICLR 2018, arXiv 1710.03740). During `fit` the
@@ -78,9 +68,6 @@ class MasterWeightPrecision(Precision):
         ValueError: an argument is not one of these; the message names it.
     """
 
-    warn_after_skips: int | None = 25
-    error_after_skips: int | None = 100
-
     def __init__(
         self,
         precision: Literal["16-true", "bf16-true"] = "16-true",
@@ -92,14 +79,7 @@ class MasterWeightPrecision(Precision):
         fp32_modules: type[nn.Module] | Sequence[type[nn.Module]] | None = None,
         autocast: bool = False,
     ) -> None:
-        if not isinstance(precision, str) or precision not in DTYPES:
-            raise ValueError(
-                f"precision={precision!r} is not one of {', '.join(map(repr, DTYPES))}: MasterWeightPrecision trains "
-                "in half precision; for anything else use Trainer(precision=...)."
-            )
-        self.precision = precision
-        self._dtype = DTYPES[precision]
-        self._loss_scale = make_loss_scale(loss_scale, self._dtype)
+        super().__init__(precision, loss_scale, master_weights, optimizer_state, fp32_modules, autocast)
         if gradient_release and isinstance(self._loss_scale, DynamicLossScale):
             raise ValueError(
                 f"gradient_release=True cannot be with loss_scale={loss_scale!r}, which is dynamic in {precision!r}: a "
@@ -108,62 +88,11 @@ class MasterWeightPrecision(Precision):
             )
         self._gradient_release = gradient_release
         self._release: GradientRelease | None = None
-        self._master_weights = master_storage(master_weights).name
-        self._optimizer_state = moment_storage(optimizer_state).name
-        self._fp32_modules = _module_types(fp32_modules)
-        self._autocast = autocast
-        self._masters = MasterWeights()
-        self._converted: ConvertedModule | None = None
-        self._replicas: DistributedDataParallel | None = None
-        self._adopted: list[MasterAdamW | BridgedOptimizer] = []
-        self._schedules = HeldSchedules()
-        self._skips = SkippedSteps(self.loss_scale, self._schedules.skipped)
         self._metrics = _InTrainer(self)
-        self._clips: dict[Optimizer, tuple[GradClipAlgorithmType, float]] = {}
-        self._grad_norm: Tensor | None = None
-        self._warned = False
-        self._device_type = "cpu"
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.precision!r})"
-
-    # -- what a user may ask ------------------------------------------------------------------------------------
-
-    @property
-    def loss_scale(self) -> float:
-        """The current loss scale (1.0 without one). On CUDA, asking waits for the device."""
-        return float(self._loss_scale.scale)
-
-    @property
-    def skipped_steps(self) -> int:
-        """How many steps were skipped because a gradient was not finite. On CUDA, asking waits for the device."""
-        self._skips.learn(wait=True)
-        return self._skips.total
-
-    @property
-    def grad_norm(self) -> float | None:
-        """The last step's gradient norm, unscaled, before clipping by norm; None where none was taken."""
-        return None if self._grad_norm is None else float(self._grad_norm)
-
-    def master_params(self, optimizer: Optimizer | LightningOptimizer) -> list[Tensor]:
-        """The FP32 master weights of an optimizer's parameters, in their order, during `fit`. Read only."""
-        adopted = _unwrapped(optimizer)
-        if not isinstance(adopted, MasterAdamW | BridgedOptimizer):
-            raise ValueError(
-                f"{type(adopted).__name__} has no master weights: ask during fit, with an optimizer of the Trainer's."
-            )
-        return adopted.master_params()
-
-    def memory_categories(self) -> Generator[tuple[str, Tensor, Tensor], None, None]:
-        """For the memory profiler: the FP32 values of all parameters, frozen ones among them."""
-        for parameter, stored in self._masters:
-            yield "master_weights", stored, parameter
-
-    # -- setting up and tearing down ----------------------------------------------------------------------------
 
     @override
     def convert_module(self, module: nn.Module) -> nn.Module:
-        if self._converted is not None:
+        if self._converted:
             raise RuntimeError(
                 "This MasterWeightPrecision is in use by another Trainer, and keeps that one's masters: "
                 "give every Trainer its own."
@@ -174,78 +103,41 @@ class MasterWeightPrecision(Precision):
                 f"{strategy} keeps FP32 masters and scales the loss by itself: use precision='16-mixed' or "
                 "'bf16-mixed' with it, or this plugin with strategy='ddp' or ModelParallelStrategy (FSDP2)."
             )
-        self._converted = ConvertedModule(module, self._dtype, self._masters, self._fp32_modules)
-        if self._converted.was_half:
-            count, first = len(self._converted.was_half), self._converted.was_half[0]
-            rank_zero_warn(
-                f"{count} parameters ({first} first) were half precision already: their FP32 masters start from the "
-                "half values. Hand over the FP32 module to start from all its bits."
-            )
+        self._convert(module)
         return module
 
     @override
     def connect(
         self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
     ) -> tuple[nn.Module, list[Optimizer], list[Any]]:
-        assert self._converted is not None
-        parameter = next(iter(self._converted.module.parameters()), None)
-        device = torch.device("cpu") if parameter is None else parameter.device
-        self._device_type = device.type
-        self._loss_scale.to(device)
-        if isinstance(model, DistributedDataParallel):
-            self._replicas = model
-            share_masters(model, self._converted.parameters, self._masters)
-        self._skips.scale, self._skips.stuck = self.loss_scale, 0
+        (converted,) = self._converted
+        parameter = next(iter(converted.module.parameters()), None)
+        self._train_on(torch.device("cpu") if parameter is None else parameter.device)
+        self._join(model)
         for optimizer in optimizers:
-            self._refuse(optimizer)
+            refuse_optimizer(optimizer)
         for optimizer in optimizers:
-            if type(optimizer) in (Adam, AdamW):
-                self._adopted.append(
-                    MasterAdamW.adopt(optimizer, self._masters, self._master_weights, self._optimizer_state)
-                )
-            else:
-                self._adopted.append(bridge(optimizer, self._masters))
+            self._adopt(optimizer)
         if optimizers and self._gradient_release:
-            self._release = self._released(self._converted.module)
+            self._release = self._released(converted.module)
         if optimizers:
-            self._attach(self._converted.module, lr_schedulers)
+            self._attach(converted.module, lr_schedulers)
         return model, optimizers, lr_schedulers
 
     @override
     def teardown(self) -> None:
         """Undo all of the above. The Trainer calls this when it is done, also after an exception."""
-        self._schedules.release()
         if self._release is not None:
             self._release.remove()
             self._release = None
-        converted, self._converted = self._converted, None
-        if converted is not None:
-            # The bridge's parameters share the masters' memory, so optimizers let go before the module takes over.
-            for adopted in self._adopted:
-                adopted.release()
-            converted.restore()
+        for converted in self._converted:
             trainer = getattr(converted.module, "_trainer", None)
             if trainer is not None and self._metrics in trainer.callbacks:
                 trainer.callbacks.remove(self._metrics)
-        self._adopted = []
-        self._replicas = None
-        self._clips.clear()
-        self._skips.learn(wait=True)
-
-    def _refuse(self, optimizer: Any) -> None:
-        name = type(optimizer).__name__
-        if isinstance(optimizer, LBFGS):
-            raise ValueError(
-                f"{name} evaluates the loss many times within a step, which loss scaling cannot follow: "
-                "use another optimizer, or Trainer(precision='32-true')."
-            )
-        if isinstance(optimizer, SparseAdam):
-            raise ValueError(f"{name} takes sparse gradients, and the update takes dense ones only: use AdamW.")
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"{name} is not a torch.optim.Optimizer; masters are kept for one's parameters: use one.")
+        self._let_go()
 
     def _released(self, module: nn.Module) -> GradientRelease:
-        if self._replicas is not None or any_sharded(list(module.parameters())):
+        if self._replicas or any_sharded(list(module.parameters())):
             raise ValueError(
                 "gradient_release=True cannot be with DistributedDataParallel or fully_shard: whether a gradient is "
                 "finite is known only once it is reduced over the ranks. Leave it out, or train on one device."
@@ -261,16 +153,16 @@ class MasterWeightPrecision(Precision):
 
     def reload_masters(self, checkpoint: str | Path | None) -> None:
         """Where torch has loaded a file into half parameters alone, give the masters the FP32 values that it holds."""
-        assert self._converted is not None
-        if self._converted.loaded_in_half and checkpoint is not None and Path(checkpoint).is_file():
+        (converted,) = self._converted
+        if converted.loaded_in_half and checkpoint is not None and Path(checkpoint).is_file():
             file = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
-            self._converted.reload(file["state_dict"])
-        if self._converted.loaded_in_half:
+            converted.reload(file["state_dict"])
+        if converted.loaded_in_half:
             rank_zero_warn(
-                f"{len(self._converted.loaded_in_half)} parameters were loaded in half precision: their masters start "
+                f"{len(converted.loaded_in_half)} parameters were loaded in half precision: their masters start "
                 "from the half values. Load a checkpoint that was saved with save_distributed_checkpoint=True."
             )
-            self._converted.loaded_in_half.clear()
+            converted.loaded_in_half.clear()
 
     def _attach(self, module: nn.Module, lr_schedulers: list[Any]) -> None:
         """Metrics, and schedules that wait for skipped steps: what needs the module's Trainer."""
@@ -282,48 +174,19 @@ class MasterWeightPrecision(Precision):
                 if config.interval == "step" and not isinstance(config.scheduler, ReduceLROnPlateau):
                     self._schedules.hold(config.scheduler, config.frequency)
 
-    # -- forward ------------------------------------------------------------------------------------------------
-
-    @override
-    def convert_input(self, data: Any) -> Any:
-        """Floating tensors of a batch become half."""
-        return apply_to_collection(data, Tensor, lambda t: t.to(self._dtype) if t.is_floating_point() else t)
-
-    @override
-    @contextmanager
-    def forward_context(self) -> Generator[None, None, None]:
-        """Half by default, FP32 sums and losses; all as before afterwards, also after an exception."""
-        autocast: AbstractContextManager[Any] = nullcontext()
-        if self._autocast:
-            autocast = torch.autocast(self._device_type, dtype=self._dtype, cache_enabled=False)
-        with ExitStack() as stack:
-            for context in (default_dtype(self._dtype), fp32_sums(), FP32Losses(), autocast):
-                stack.enter_context(context)
-            yield
-
-    # -- backward -----------------------------------------------------------------------------------------------
-
     @override
     def pre_backward(self, tensor: Tensor, module: "pl.LightningModule") -> Tensor:  # type: ignore[override]
-        assert self._converted is not None
-        if self._replicas is not None and self._replicas.require_backward_grad_sync:
-            self._converted.narrow_gradients()
-        else:
-            self._converted.widen_gradients()
-        # FP32 first: a scale of 2**16 is inf in float16.
-        return super().pre_backward(tensor.float() * self._loss_scale.scale, module)
+        return super().pre_backward(self._scaled(tensor), module)
 
     @override
     def backward(self, tensor: Tensor, model: "pl.LightningModule", *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         released: AbstractContextManager[None] = nullcontext()
         if self._release is not None:
             check_loop(accumulated=model.trainer.accumulate_grad_batches)  # a callback may have changed it
-            released = self._release.running(self._loss_scale.scale, model.trainer.gradient_clip_val)
+            released = self._release.running(self._gradients_scale, model.trainer.gradient_clip_val)
         # Checkpointed modules run forward again here.
         with self.forward_context(), released:
             super().backward(tensor, model, *args, **kwargs)
-
-    # -- the step -----------------------------------------------------------------------------------------------
 
     @override
     def clip_gradients(
@@ -336,7 +199,8 @@ class MasterWeightPrecision(Precision):
         if self._release is not None:
             self._release.check_clipping(clip_val, GradClipAlgorithmType(gradient_clip_algorithm).value)
         elif clip_val > 0:
-            self._clips[_unwrapped(optimizer)] = (GradClipAlgorithmType(gradient_clip_algorithm), float(clip_val))
+            by_norm = GradClipAlgorithmType(gradient_clip_algorithm) == GradClipAlgorithmType.NORM
+            self._clips[unwrapped(optimizer)] = Clip(float(clip_val), by_norm)
 
     @override
     def optimizer_step(  # type: ignore[override]
@@ -351,65 +215,9 @@ class MasterWeightPrecision(Precision):
         clip = self._clips.pop(optimizer, None)
         if result is None and model.automatic_optimization:
             return result  # training_step returned None: there is nothing to learn from
-        by_norm = clip is not None and clip[0] == GradClipAlgorithmType.NORM
-        if self._release is not None:
-            found_inf, norm = self._release.found_inf(), None
-        else:
-            found_inf, norm = optimizer.scan_gradients(norm=by_norm)
-        divisor = scale = self._loss_scale.scale
-        self._grad_norm = None
-        if clip is not None and norm is not None:
-            self._grad_norm = norm / scale
-            # As torch.nn.utils.clip_grad_norm_: min(1, clip / (norm + 1e-6)), folded into the division by the scale.
-            divisor = scale * ((self._grad_norm + 1e-6) / clip[1]).clamp(min=1.0)
-        optimizer.grad_scale, optimizer.found_inf = divisor, found_inf
-        optimizer.clip_value = clip[1] if clip is not None and not by_norm else None
-        try:
-            optimizer.step(**kwargs)
-        finally:
-            del optimizer.grad_scale, optimizer.found_inf, optimizer.clip_value
-        at_minimum = self._loss_scale.at_minimum
-        self._loss_scale.update(found_inf)
-        self._skips.record(found_inf, at_minimum, self._loss_scale.scale, optimizer)
-        self._skips.learn()
-        self._complain_if_stuck()
+        scan = None if self._release is None else Scan(self._release.found_inf(), None)
+        self._update(optimizer, clip, scan, closure=lambda: result, **kwargs)
         return result
-
-    def _complain_if_stuck(self) -> None:
-        """Many skipped steps in a row and no lower scale to try: training is going nowhere."""
-        stuck = self._skips.stuck
-        if stuck == 0:
-            self._warned = False
-        elif self.error_after_skips is not None and stuck >= self.error_after_skips:
-            raise RuntimeError(self._stuck_message())
-        elif self.warn_after_skips is not None and stuck >= self.warn_after_skips and not self._warned:
-            self._warned = True
-            rank_zero_warn(self._stuck_message())
-
-    def _stuck_message(self) -> str:
-        assert self._converted is not None
-        broken = [
-            name
-            for parameter, name in self._converted.parameters.items()
-            if parameter.grad is not None and not local(parameter.grad).isfinite().all()
-        ]
-        listed = ", ".join(broken[:10]) + (f" and {len(broken) - 10} more" if len(broken) > 10 else "")
-        return (
-            f"{self._skips.stuck} steps in a row were skipped: gradients are inf or NaN at loss scale "
-            f"{self.loss_scale:g}, which can fall no further. Not finite now: {listed or 'none'}. Look for inf or NaN "
-            "in the data and the loss, lower the learning rate, or train in 'bf16-true', whose range is FP32's."
-        )
-
-    # -- the plugin's own state ---------------------------------------------------------------------------------
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {"loss_scale": self._loss_scale.state_dict(), "skipped_steps": self.skipped_steps}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._loss_scale.load_state_dict(state_dict["loss_scale"])
-        self._skips.total = state_dict["skipped_steps"]
 
 
 class _InTrainer(Callback):
@@ -430,19 +238,5 @@ class _InTrainer(Callback):
         # What the host knows by now, as tensors on the CPU: logging them waits for nothing.
         skips = self._plugin._skips
         for name, value in (("mpt/loss_scale", skips.scale), ("mpt/skipped_steps", skips.total)):
-            pl_module.log(name, torch.tensor(float(value)), on_step=True, on_epoch=False, prog_bar=True)
-
-
-def _unwrapped(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
-    return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-
-
-def _module_types(given: Any) -> tuple[type[nn.Module], ...]:
-    if given is None:
-        return RUNNING_NORMS
-    types = (given,) if isinstance(given, type) else given
-    if not isinstance(types, tuple | list) or not all(isinstance(t, type) and issubclass(t, nn.Module) for t in types):
-        raise ValueError(
-            f"fp32_modules={given!r} must be module types, such as (torch.nn.BatchNorm2d, torch.nn.LayerNorm)."
-        )
-    return tuple(types)
+            # Lightning asks for the batch size in a `training_step(dataloader_iter)`, though there is no mean to take.
+            pl_module.log(name, torch.tensor(float(value)), on_step=True, on_epoch=False, prog_bar=True, batch_size=1)

@@ -30,7 +30,8 @@ class HeldSchedules:
     def skipped(self, optimizer: Any) -> None:
         """A step of `optimizer` was skipped."""
         for scheduler in list(self._owed):
-            if scheduler.optimizer is optimizer:
+            theirs = scheduler.optimizer  # perhaps in Fabric's wrapper
+            if getattr(theirs, "optimizer", theirs) is optimizer:
                 self._owed[scheduler] += 1
 
     def release(self) -> None:

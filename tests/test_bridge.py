@@ -21,7 +21,9 @@ class Lion(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
@@ -30,6 +32,7 @@ class Lion(torch.optim.Optimizer):
                         state["momentum"] = torch.zeros_like(p)
                     p.sub_(torch.sign(0.9 * state["momentum"] + 0.1 * p.grad), alpha=group["lr"])
                     state["momentum"].mul_(0.99).add_(p.grad, alpha=0.01)
+        return loss
 
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -122,6 +125,27 @@ def test_hooks_run_once_a_step_and_step_may_take_a_closure() -> None:
 
     assert bridged.step(closure) == 3.0
     assert calls == ["pre", "post", "closure", "pre", "post"]
+
+
+def test_an_optimizer_that_asks_for_a_closure_is_given_one_that_runs_nothing_again() -> None:
+    class Asks(torch.optim.SGD):
+        def step(self, closure: Any) -> Any:  # type: ignore[override]
+            return closure(), super().step()
+
+    calls: list[int] = []
+
+    def closure() -> int:
+        calls.append(len(calls))
+        return len(calls)
+
+    params = parameters()
+    before = [parameter.detach().clone() for parameter in params]
+    optimizer = bridge(Asks(params, lr=0.1), MasterWeights())
+    for parameter in params:
+        parameter.grad = torch.ones_like(parameter)
+    assert optimizer.step(closure) == 1
+    assert calls == [0]
+    assert not any(torch.equal(parameter, start) for parameter, start in zip(params, before, strict=True))
 
 
 def test_released_it_is_what_it_was_and_its_state_belongs_to_the_parameters() -> None:

@@ -447,6 +447,18 @@ def test_metrics_reach_the_logger_and_the_progress_bar(tmp_path: Any) -> None:
     assert len(lines) == 1 + 4
 
 
+@pytest.mark.filterwarnings("ignore:.*`dataloader_iter`")  # it is experimental, says Lightning
+def test_metrics_are_logged_of_a_training_step_that_draws_its_own_batches() -> None:
+    class Draws(Classifier):
+        def training_step(self, dataloader_iter: Any) -> Tensor:  # type: ignore[override]
+            batch, batch_idx, _ = next(dataloader_iter)  # as it comes from the loader
+            return super().training_step(plugin.convert_input(batch), batch_idx)  # type: ignore[return-value]
+
+    plugin = MasterWeightPrecision("16-true", loss_scale=64.0)
+    ours = fit(Draws(mlp()), classification(3), plugin)
+    assert ours.progress_bar_metrics["mpt/loss_scale"] == 64.0
+
+
 def test_a_training_step_of_none_changes_nothing_and_counts_as_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Closure, "warning_cache", WarningCache())  # Lightning warns once a process
 
