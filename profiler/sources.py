@@ -101,7 +101,7 @@ class CPUSource:
         self.workspace_bytes: list[int] = []
         self.overflowed = False
         self.failure: tuple[int, int] | None = None
-        self._profile: torch.profiler.profile | None = None
+        self._profile: torch.autograd.profiler.profile | None = None
 
     def start(self) -> None:
         if torch._C._autograd._profiler_enabled():
@@ -115,10 +115,10 @@ class CPUSource:
         if quiet:
             os.environ["KINETO_LOG_LEVEL"] = "99"
         try:
-            profile = torch.profiler.profile(
-                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-            )
-            profile.start()
+            # Not torch.profiler.profile, which is built on this: without acc_events torch 2.11's warns, and with it
+            # every operation becomes a Python object at the end, which takes ten times as long as all else.
+            profile = torch.autograd.profiler.profile(profile_memory=True, use_kineto=True)
+            profile.__enter__()
         finally:
             if quiet:
                 del os.environ["KINETO_LOG_LEVEL"]
@@ -128,10 +128,9 @@ class CPUSource:
         profile, self._profile = self._profile, None
         if profile is None:
             return [], []
-        profile.stop()
-        assert profile.profiler is not None
-        assert profile.profiler.kineto_results is not None
-        return [], cpu_events(profile.profiler.kineto_results.experimental_event_tree())
+        profile.__exit__(None, None, None)
+        assert profile.kineto_results is not None
+        return [], cpu_events(profile.kineto_results.experimental_event_tree())
 
     def event_count(self) -> int | None:
         return None
@@ -139,7 +138,7 @@ class CPUSource:
     def abort(self) -> None:
         profile, self._profile = self._profile, None
         if profile is not None:
-            profile.stop()
+            profile.__exit__(None, None, None)
 
     def reset_peak(self) -> None: ...
 
