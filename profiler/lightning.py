@@ -186,6 +186,7 @@ class MemoryProfiler(Profiler):
             max_events=self.max_events,
             find_duplicates=find_duplicates,
             source=self._source,
+            wrapper=trainer.model,
         )
 
     def _trainer(self) -> pl.Trainer:

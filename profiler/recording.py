@@ -16,7 +16,7 @@ from .decode import decode
 from .figures import AllocatorHealth, Duplicate, ModuleForward
 
 TRACE_FORMAT = "lightning-mpt-memory-trace"
-TRACE_VERSION = 2
+TRACE_VERSION = 3
 TRACE = "a trace that MemoryProfiler(save_trace=...) wrote"
 TRACE_LIMIT_BYTES = 4 << 30
 """No trace is larger. What is larger is something else, and is not read into memory."""
@@ -99,6 +99,8 @@ class Recording:
     reserved_bytes: int | None = None
     workspace_bytes: list[int] = field(default_factory=list)
     """Sizes of the workspaces that libraries allocate once and keep."""
+    bucket_bytes: list[int] = field(default_factory=list)
+    """Sizes of gradient buckets that are kept at addresses which no claim tells."""
     clock_error_ns: int = 0
     """By how much the times of events may be off against those of claims and marks."""
     claims_make_blocks: bool = False

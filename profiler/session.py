@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from .buckets import NOTE as BUCKETS
+from .buckets import bucket_bytes
 from .figures import AllocatorHealth
 from .modules import compiled_note
 from .out_of_memory import observe_failed_requests
@@ -23,6 +25,8 @@ class Session:
 
     Values saved in two precisions are looked for in the first step: best in one that is not counted.
 
+    `wrapper` is what a strategy has put round the module, where it has: DistributedDataParallel, say.
+
     `start` and `finish` (or `abort`) must be called in the same thread.
     """
 
@@ -35,9 +39,11 @@ class Session:
         max_events: int = MAX_EVENTS,
         find_duplicates: bool = True,
         source: Source | None = None,
+        wrapper: torch.nn.Module | None = None,
     ) -> None:
         self.device = device if device is not None else device_of(module)
         self._module = module
+        self._wrapper = wrapper if wrapper is not None else module
         self._max_events = max_events
         self._source: Source = source if source is not None else source_for(self.device, max_events)
         self._owners = Owners(
@@ -157,6 +163,7 @@ class Session:
         owners = self._owners
         owners.remove()
         start, events = self._source.stop()
+        buckets = bucket_bytes(self._wrapper)
         return Recording(
             device=str(self.device),
             parameters=owners.parameter_count(),
@@ -169,6 +176,7 @@ class Session:
             windows=windows,
             reserved_bytes=self._reserved_bytes,
             workspace_bytes=self._source.workspace_bytes,
+            bucket_bytes=buckets,
             clock_error_ns=self._source.clock_error_ns,
             claims_make_blocks=not self._source.lists_live_blocks,
             forwards=owners.forwards.by_path(),
@@ -176,7 +184,12 @@ class Session:
             health=self._health,
             own=owners.own,
             duplicates=owners.duplicates,
-            notes=[*owners.notes, *notes, *([_OVERFLOWED] if self._source.overflowed else [])],
+            notes=[
+                *owners.notes,
+                *notes,
+                *([BUCKETS] if buckets else []),
+                *([_OVERFLOWED] if self._source.overflowed else []),
+            ],
         )
 
     def _notes(self, full: bool) -> list[str]:

@@ -29,6 +29,7 @@ WHOLE = Recording(
     windows=[Window(1, 50, 2560)],
     reserved_bytes=4096,
     workspace_bytes=[512],
+    bucket_bytes=[512],
     clock_error_ns=2,
     own=[Interval(16, 17)],
     forwards={"net": ModuleForward(1, 12, 1000)},
