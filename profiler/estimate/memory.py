@@ -55,6 +55,7 @@ class FakeMemory(TorchDispatchMode):
     clock_error_ns = 0
     failure: tuple[int, int] | None = None
     overflowed = False
+    snapshot: dict[str, Any] | None = None
 
     def __init__(
         self, block_bytes: int = 1, workspace_bytes: int = 0, scratch: Callable[[Any, Any], int] = lambda func, args: 0

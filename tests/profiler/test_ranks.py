@@ -64,15 +64,15 @@ def train(rank: int, port: int, folder: str) -> None:
     for name, case in CASES.items():
         strategy = DDPStrategy(process_group_backend="gloo", gradient_as_bucket_view=case.views)
         plugins = [MasterWeightPrecision("bf16-true")] if case.half else []
-        built = trainer(
-            MemoryProfiler(folder, name), folder, devices=2, strategy=strategy, plugins=plugins, max_steps=6
-        )
+        profiler = MemoryProfiler(folder, name, save_trace=f"{folder}/{name} trace.json")
+        built = trainer(profiler, folder, devices=2, strategy=strategy, plugins=plugins, max_steps=6)
         with (Path(folder) / f"{name}-{rank}.txt").open("w") as file, redirect_stdout(file):
             built.fit(Uneven(), data())
 
 
 class Ranks(NamedTuple):
     reports: tuple[MemoryReport, MemoryReport]
+    replayed: tuple[MemoryReport, MemoryReport]
     printed: tuple[str, str]
 
 
@@ -86,6 +86,10 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ranks]:
     return {
         name: Ranks(
             (MemoryReport.load(folder / f"{name}.json"), MemoryReport.load(folder / f"{name}-1.json")),
+            (
+                MemoryReport.from_trace(folder / f"{name} trace.json"),
+                MemoryReport.from_trace(folder / f"{name} trace-1.json"),
+            ),
             ((folder / f"{name}-0.txt").read_text(), (folder / f"{name}-1.txt").read_text()),
         )
         for name in CASES
@@ -95,6 +99,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ranks]:
 @pytest.mark.slow  # each process imports torch and Lightning anew
 @pytest.mark.parametrize("name", CASES)
 def test_every_byte_of_every_rank_has_its_name(name: str, ranks: dict[str, Ranks]) -> None:
+    assert ranks[name].replayed == ranks[name].reports
     for report in ranks[name].reports:
         assert sum(report.categories.values()) == report.peak_bytes
         assert report.categories[Category.UNATTRIBUTED] <= 0.01 * report.peak_bytes
@@ -114,7 +119,7 @@ def test_the_buckets_of_ddp_are_gradients(name: str, ranks: dict[str, Ranks]) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_first_prints_the_worst(name: str, ranks: dict[str, Ranks]) -> None:
-    (first, second), (printed, silent) = ranks[name]
+    (first, second), (printed, silent) = ranks[name].reports, ranks[name].printed
     assert first.categories[Category.WEIGHTS] == second.categories[Category.WEIGHTS]
     assert second.peak_bytes > first.peak_bytes
     assert "Of 2 processes, that of rank 1 has the highest peak:" in printed
