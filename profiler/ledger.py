@@ -182,6 +182,23 @@ def _assign(recording: Recording, blocks: list[Block], events: list[Event], phas
             workspace = block.freed == _NEVER and block.requested_bytes in recording.workspace_bytes
             if workspace or _within_a_phase(block, phases):
                 block.category = Category.TEMPORARIES
+    _assign_buckets(recording, blocks)
+
+
+def _assign_buckets(recording: Recording, blocks: list[Block]) -> None:
+    """Each bucket is the oldest block of its size that has no owner and is not freed; or, where the source does not
+    tell of blocks older than the recording, one of these."""
+    kept = [block for block in blocks if block.claim is None and block.freed == _NEVER]
+    for size in recording.bucket_bytes:
+        bucket = next((block for block in kept if block.requested_bytes == size), None)
+        if bucket is not None:
+            kept.remove(bucket)
+        elif recording.claims_make_blocks:
+            bucket = Block(0, size, size, -1, recording.phases[0].time_ns if recording.phases else 0, -1)
+            blocks.append(bucket)
+        else:
+            continue
+        bucket.category, bucket.module = Category.GRADIENTS, None
 
 
 def _within_a_phase(block: Block, phases: list[Mark]) -> bool:

@@ -21,7 +21,7 @@ from .ranks import worst
 from .recorder import check_bounds
 from .report import MemoryReport
 from .schedule import Schedule
-from .session import Session, json_path
+from .session import Session, made_path
 from .sources import MAX_EVENTS, Source
 
 _FETCH = ".train_dataloader_next"
@@ -48,6 +48,9 @@ class MemoryProfiler(Profiler):
             so. On CPU, where the events are known only afterwards, the owners alone are counted: saved tensors,
             gradients, state, and runs of modules.
         save_trace: where to keep the recorded events as JSON, for `MemoryReport.from_trace`.
+        save_snapshot: where to keep the CUDA allocator's own account of the recorded steps, with Python stacks, for
+            https://pytorch.org/memory_viz. On CPU nothing is written, and a note says so.
+            Processes of a rank above 0 add `-RANK` to the names of both.
 
     Where fit runs out of memory, what was live then is printed, kept as `out_of_memory_report`, and written beside the
     report, before the exception goes on.
@@ -66,6 +69,7 @@ class MemoryProfiler(Profiler):
         steps: int = 3,
         max_events: int = MAX_EVENTS,
         save_trace: str | Path | None = None,
+        save_snapshot: str | Path | None = None,
     ) -> None:
         super().__init__(dirpath=dirpath, filename=filename)  # before anything can fail: __del__ needs it
         check_bounds(warmup_steps, steps, max_events)
@@ -73,6 +77,7 @@ class MemoryProfiler(Profiler):
         self.steps = steps
         self.max_events = max_events
         self.save_trace = save_trace
+        self.save_snapshot = save_snapshot
         self._lightning_module: pl.LightningModule | None = None  # the Trainer sets it
         self._schedule: Schedule | None = None  # during fit, until the report is there
         self._report: MemoryReport | None = None
@@ -159,7 +164,7 @@ class MemoryProfiler(Profiler):
             self._printed = True
             self._finish()
             if self._report is not None:
-                self._report.save(json_path(self._report_path()))
+                self._report.save(made_path(self._report_path()))
             rank, report = worst(self._report)
             if report is not None and self._trainer().is_global_zero:
                 if self._trainer().world_size > 1:
@@ -186,6 +191,8 @@ class MemoryProfiler(Profiler):
             max_events=self.max_events,
             find_duplicates=find_duplicates,
             source=self._source,
+            wrapper=trainer.model,
+            save_snapshot=None if self.save_snapshot is None else self._of_rank(self.save_snapshot),
         )
 
     def _trainer(self) -> pl.Trainer:
@@ -212,7 +219,7 @@ class MemoryProfiler(Profiler):
         if recording is None:
             return
         if self.save_trace is not None:
-            recording.save(json_path(self.save_trace))
+            recording.save(made_path(self._of_rank(self.save_trace)))
         self._report = MemoryReport.from_recording(recording)
         self._log(self._report)
 
@@ -234,7 +241,7 @@ class MemoryProfiler(Profiler):
             self.out_of_memory_report = report = explain(error, lambda: session or self._make_session())
             if report is not None:
                 with suppress(OSError):
-                    report.save(json_path(self._report_path("_out_of_memory")))
+                    report.save(made_path(self._report_path("_out_of_memory")))
         if session is not None:
             self._abort()
             self._why_none = f"a training step ended in {type(error)!r}, and the recording with it"
@@ -260,8 +267,12 @@ class MemoryProfiler(Profiler):
 
     def _report_path(self, kind: str = "") -> Path:
         folder = self.dirpath or self._trainer().default_root_dir
-        rank = f"-{self._trainer().global_rank}" if self._trainer().global_rank else ""
-        return Path(folder) / f"{self.filename or 'memory_report'}{kind}{rank}.json"
+        return self._of_rank(Path(folder) / f"{self.filename or 'memory_report'}{kind}.json")
+
+    def _of_rank(self, path: str | Path) -> Path:
+        """Each process's own."""
+        rank, path = self._trainer().global_rank, Path(path)
+        return path.with_name(f"{path.stem}-{rank}{path.suffix}") if rank else path
 
 
 class _BatchWitness(pl.Callback):

@@ -185,8 +185,7 @@ class Owners:
         """Claim what outlives a step: parameters, gradients, buffers, optimizer state, and what the witnesses say."""
         for parameter, path in self._paths.items():
             self.claim(Category.WEIGHTS, parameter, path, watch=True)
-            if parameter.grad is not None:
-                self.claim(Category.GRADIENTS, parameter.grad, path, watch=True)
+            self._claim_gradient(parameter, path, watch=True)
         for path, module in self._module.named_modules():
             for buffer in module._buffers.values():
                 if buffer is not None:
@@ -198,6 +197,14 @@ class Owners:
                 path = self._paths.get(key) if isinstance(key, torch.nn.Parameter) else None
                 for tensor in tensors_in(state):
                     self.claim(Category.OPTIMIZER_STATE, tensor, path, watch=True)
+
+    def _claim_gradient(self, parameter: torch.Tensor, module: str | None, *, watch: bool = False) -> None:
+        gradient = parameter.grad
+        if gradient is None:
+            return
+        # A bucket of DistributedDataParallel, of which the gradients of several modules are views, is no module's.
+        shared = any(part.untyped_storage().nbytes() > part.nbytes for part in self._parts_here(gradient))
+        self.claim(Category.GRADIENTS, gradient, None if shared else module, watch=watch)
 
     def _claim_testimony(self, witness: Any) -> None:
         categories = getattr(witness, "memory_categories", None)
@@ -377,8 +384,7 @@ class Owners:
 
     def _gradient(self, parameter: torch.Tensor) -> None:
         self._in_backward()
-        if parameter.grad is not None:
-            self.claim(Category.GRADIENTS, parameter.grad, self._paths.get(parameter))  # type: ignore[call-overload]
+        self._claim_gradient(parameter, self._paths.get(parameter))  # type: ignore[call-overload]
 
 
 class _Run(NamedTuple):

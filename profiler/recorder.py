@@ -11,7 +11,7 @@ from .ledger import PHASES
 from .out_of_memory import explain, is_out_of_memory
 from .report import MemoryReport
 from .schedule import Schedule
-from .session import Session, json_path
+from .session import Session, made_path
 from .sources import MAX_EVENTS
 
 
@@ -41,6 +41,8 @@ class MemoryRecorder:
         witnesses: further objects that know whose tensors are whose: with a method `memory_categories()` that yields
             `(category, tensor, parameter or None)`. An optimizer that has this method is asked by itself.
         save_trace: where to keep the recorded events as JSON, for `MemoryReport.from_trace`.
+        save_snapshot: where to keep the CUDA allocator's own account of the recorded steps, with Python stacks, for
+            https://pytorch.org/memory_viz. On CPU nothing is written, and a note says so.
 
     Where the loop runs out of memory, what was live then is printed, and kept as `out_of_memory_report`, before the
     exception goes on.
@@ -62,6 +64,7 @@ class MemoryRecorder:
         max_events: int = MAX_EVENTS,
         witnesses: Iterable[Any] = (),
         save_trace: str | Path | None = None,
+        save_snapshot: str | Path | None = None,
     ) -> None:
         check_bounds(warmup_steps, steps, max_events)
         self._module = module
@@ -71,6 +74,7 @@ class MemoryRecorder:
         self._max_events = max_events
         self._witnesses = list(witnesses)
         self._save_trace = save_trace
+        self._save_snapshot = save_snapshot
         self._schedule: Schedule | None = None  # within the `with` block, until the report is there
         self._passed = 0
         self._report: MemoryReport | None = None
@@ -141,6 +145,7 @@ class MemoryRecorder:
             self._witnesses,
             max_events=self._max_events,
             find_duplicates=find_duplicates,
+            save_snapshot=self._save_snapshot,
         )
 
     def _finish(self) -> None:
@@ -149,7 +154,7 @@ class MemoryRecorder:
         if recording is None:
             return
         if self._save_trace is not None:
-            recording.save(json_path(self._save_trace))
+            recording.save(made_path(self._save_trace))
         self._report = MemoryReport.from_recording(recording)
 
 

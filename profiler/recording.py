@@ -7,15 +7,17 @@ replayed elsewhere.
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .category import Category
+from .decode import decode
 from .figures import AllocatorHealth, Duplicate, ModuleForward
 
 TRACE_FORMAT = "lightning-mpt-memory-trace"
-TRACE_VERSION = 2
+TRACE_VERSION = 3
+TRACE = "a trace that MemoryProfiler(save_trace=...) wrote"
 TRACE_LIMIT_BYTES = 4 << 30
 """No trace is larger. What is larger is something else, and is not read into memory."""
 
@@ -97,6 +99,8 @@ class Recording:
     reserved_bytes: int | None = None
     workspace_bytes: list[int] = field(default_factory=list)
     """Sizes of the workspaces that libraries allocate once and keep."""
+    bucket_bytes: list[int] = field(default_factory=list)
+    """Sizes of gradient buckets that are kept at addresses which no claim tells."""
     clock_error_ns: int = 0
     """By how much the times of events may be off against those of claims and marks."""
     claims_make_blocks: bool = False
@@ -115,41 +119,27 @@ class Recording:
 
     def save(self, path: str | Path) -> None:
         """Write this recording as JSON to `path`."""
-        content = {"format": TRACE_FORMAT, "version": TRACE_VERSION, **_plain(self)}
-        Path(path).write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
+        Path(path).write_text(json.dumps(self.to_json(), separators=(",", ":")), encoding="utf-8")
+
+    def to_json(self) -> dict[str, Any]:
+        """The recording as `save` writes it: dictionaries, lists, strings and numbers."""
+        return {
+            "format": TRACE_FORMAT,
+            "version": TRACE_VERSION,
+            **{name: _json(value) for name, value in vars(self).items()},
+        }
 
     @classmethod
     def load(cls, path: str | Path) -> "Recording":
-        """Read what `save` wrote. Raises ValueError where the file is something else."""
-        content = read_versioned(path, TRACE_FORMAT, TRACE_VERSION, "a trace that MemoryProfiler(save_trace=...) wrote")
-        return cls(
-            device=content["device"],
-            parameters=content["parameters"],
-            start=[Event(*row) for row in content["start"]],
-            events=[Event(*row) for row in content["events"]],
-            claims=[
-                Claim(time_ns, address, size, Category(category), module, tuple(shape), dtype)
-                for time_ns, address, size, category, module, shape, dtype in content["claims"]
-            ],
-            phases=[Mark(*row) for row in content["phases"]],
-            modules=[Mark(*row) for row in content["modules"]],
-            gone=[Gone(*row) for row in content["gone"]],
-            windows=[Window(*row) for row in content["windows"]],
-            reserved_bytes=content["reserved_bytes"],
-            workspace_bytes=content["workspace_bytes"],
-            clock_error_ns=content["clock_error_ns"],
-            claims_make_blocks=content["claims_make_blocks"],
-            own=[Interval(*row) for row in content["own"]],
-            forwards={path: ModuleForward(**forward) for path, forward in content["forwards"].items()},
-            duplicates=[
-                Duplicate(double["module"], tuple(double["shape"]), tuple(double["dtypes"]), double["bytes"])
-                for double in content["duplicates"]
-            ],
-            optimizers=content["optimizers"],
-            health=None if content["health"] is None else AllocatorHealth(**content["health"]),
-            notes=content["notes"],
-            failed_ns=content["failed_ns"],
-        )
+        """Read what `save` wrote. Raises ValueError where the file is something else, or damaged."""
+        content = read_versioned(path, TRACE_FORMAT, TRACE_VERSION, TRACE)
+        try:
+            for name in (field.name for field in fields(cls)):
+                if name not in content:
+                    raise ValueError(f"{name} is missing")
+            return decode(cls, content)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; expected {TRACE}.") from error
 
 
 def read_versioned(
@@ -188,10 +178,6 @@ def read_versioned(
 def _short(value: Any) -> str:
     shown = repr(value)
     return shown if len(shown) <= 60 else shown[:57] + "..."
-
-
-def _plain(recording: Recording) -> dict[str, Any]:
-    return {name: _json(value) for name, value in vars(recording).items()}
 
 
 def _json(value: Any) -> Any:

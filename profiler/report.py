@@ -10,7 +10,7 @@ from .category import Category
 from .decode import decode
 from .figures import AllocatorHealth, Duplicate, ModuleForward, PhasePeak, TensorUse, TimelinePoint
 from .ledger import Ledger, replay
-from .recording import Recording, read_versioned
+from .recording import TRACE, Recording, read_versioned
 
 REPORT_FORMAT = "lightning-mpt-memory-report"
 REPORT_VERSION = 2
@@ -99,7 +99,13 @@ class MemoryReport:
     @classmethod
     def from_trace(cls, path: str | Path) -> "MemoryReport":
         """Replay the events that `save_trace=path` kept. Raises ValueError where `path` holds something else."""
-        return cls.from_recording(Recording.load(path))
+        recording = Recording.load(path)
+        try:
+            report = cls.from_recording(recording)
+            _check(report)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; expected {TRACE}.") from error
+        return report
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON to `path`."""

@@ -1,11 +1,14 @@
 """One stretch of recorded steps, from switching on to a recording: the part that both recorders share."""
 
+import pickle
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .buckets import NOTE as BUCKETS
+from .buckets import bucket_bytes
 from .figures import AllocatorHealth
 from .modules import compiled_note
 from .out_of_memory import observe_failed_requests
@@ -23,6 +26,10 @@ class Session:
 
     Values saved in two precisions are looked for in the first step: best in one that is not counted.
 
+    `save_snapshot` is where the CUDA allocator's own account goes, as https://pytorch.org/memory_viz reads it.
+
+    `wrapper` is what a strategy has put round the module, where it has: DistributedDataParallel, say.
+
     `start` and `finish` (or `abort`) must be called in the same thread.
     """
 
@@ -35,11 +42,19 @@ class Session:
         max_events: int = MAX_EVENTS,
         find_duplicates: bool = True,
         source: Source | None = None,
+        wrapper: torch.nn.Module | None = None,
+        save_snapshot: str | Path | None = None,
     ) -> None:
         self.device = device if device is not None else device_of(module)
         self._module = module
+        self._wrapper = wrapper if wrapper is not None else module
         self._max_events = max_events
-        self._source: Source = source if source is not None else source_for(self.device, max_events)
+        self._save_snapshot = save_snapshot
+        self._source: Source = (
+            source
+            if source is not None
+            else source_for(self.device, max_events, keep_snapshot=save_snapshot is not None)
+        )
         self._owners = Owners(
             module,
             optimizers,
@@ -157,6 +172,7 @@ class Session:
         owners = self._owners
         owners.remove()
         start, events = self._source.stop()
+        buckets = bucket_bytes(self._wrapper)
         return Recording(
             device=str(self.device),
             parameters=owners.parameter_count(),
@@ -169,6 +185,7 @@ class Session:
             windows=windows,
             reserved_bytes=self._reserved_bytes,
             workspace_bytes=self._source.workspace_bytes,
+            bucket_bytes=buckets,
             clock_error_ns=self._source.clock_error_ns,
             claims_make_blocks=not self._source.lists_live_blocks,
             forwards=owners.forwards.by_path(),
@@ -176,7 +193,13 @@ class Session:
             health=self._health,
             own=owners.own,
             duplicates=owners.duplicates,
-            notes=[*owners.notes, *notes, *([_OVERFLOWED] if self._source.overflowed else [])],
+            notes=[
+                *owners.notes,
+                *notes,
+                *([BUCKETS] if buckets else []),
+                *self._write_snapshot(),
+                *([_OVERFLOWED] if self._source.overflowed else []),
+            ],
         )
 
     def _notes(self, full: bool) -> list[str]:
@@ -191,6 +214,22 @@ class Session:
                 "nothing was kept: their memory has no name here."
             )
         return notes
+
+    def _write_snapshot(self) -> list[str]:
+        """Write the allocator's snapshot where one is wanted; the note that says why there is none, else nothing."""
+        if self._save_snapshot is None:
+            return []
+        snapshot, self._source.snapshot = self._source.snapshot, None
+        if snapshot is None and self.device.type == "cuda":  # nothing was being recorded, which has its own note
+            return []
+        if snapshot is None:
+            return ["save_snapshot wrote nothing: only CUDA's allocator gives an account of itself."]
+        try:
+            with made_path(self._save_snapshot).open("wb") as file:
+                pickle.dump(snapshot, file)
+        except OSError as error:  # the report is worth more
+            return [f"save_snapshot wrote nothing: {error}."]
+        return []
 
     def abort(self) -> None:
         """Switch off and forget. Does nothing where nothing is on."""
@@ -210,7 +249,7 @@ def device_of(module: torch.nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def json_path(path: str | Path) -> Path:
+def made_path(path: str | Path) -> Path:
     """`path` with its folder made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

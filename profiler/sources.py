@@ -46,6 +46,9 @@ class Source(Protocol):
     overflowed: bool
     """After `stop`: whether there were more events than could be kept, so that the oldest are lost."""
 
+    snapshot: dict[str, Any] | None
+    """After `stop`: the allocator's own account of what it did, where it gives one and it was asked for."""
+
     def start(self) -> None: ...
     def event_count(self) -> int | None:
         """How many events there are since `start`. None where that is known only afterwards."""
@@ -78,12 +81,15 @@ class Source(Protocol):
         ...
 
 
-def source_for(device: torch.device, max_events: int = MAX_EVENTS) -> Source:
-    """The source of events for `device`, which has room for `max_events`. Raises ValueError where there is none."""
+def source_for(device: torch.device, max_events: int = MAX_EVENTS, *, keep_snapshot: bool = False) -> Source:
+    """The source of events for `device`, which has room for `max_events`. Raises ValueError where there is none.
+
+    With `keep_snapshot`, where the device's allocator can give an account of itself, it is kept, with Python stacks.
+    """
     if device.type == "cpu":
         return CPUSource()
     if device.type == "cuda":
-        return CUDASource(device, max_events)
+        return CUDASource(device, max_events, keep_snapshot=keep_snapshot)
     raise ValueError(
         f"The memory of device {str(device)!r} cannot be recorded: only 'cpu' and 'cuda' tell of their allocations. "
         "Leave the profiler out on this device."
@@ -100,8 +106,9 @@ class CPUSource:
     def __init__(self) -> None:
         self.workspace_bytes: list[int] = []
         self.overflowed = False
+        self.snapshot: dict[str, Any] | None = None
         self.failure: tuple[int, int] | None = None
-        self._profile: torch.profiler.profile | None = None
+        self._profile: torch.autograd.profiler.profile | None = None
 
     def start(self) -> None:
         if torch._C._autograd._profiler_enabled():
@@ -115,8 +122,10 @@ class CPUSource:
         if quiet:
             os.environ["KINETO_LOG_LEVEL"] = "99"
         try:
-            profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-            profile.start()
+            # Not torch.profiler.profile, which is built on this: without acc_events torch 2.11's warns, and with it
+            # every operation becomes a Python object at the end, which takes ten times as long as all else.
+            profile = torch.autograd.profiler.profile(profile_memory=True, use_kineto=True)
+            profile.__enter__()
         finally:
             if quiet:
                 del os.environ["KINETO_LOG_LEVEL"]
@@ -126,10 +135,9 @@ class CPUSource:
         profile, self._profile = self._profile, None
         if profile is None:
             return [], []
-        profile.stop()
-        assert profile.profiler is not None
-        assert profile.profiler.kineto_results is not None
-        return [], cpu_events(profile.profiler.kineto_results.experimental_event_tree())
+        profile.__exit__(None, None, None)
+        assert profile.kineto_results is not None
+        return [], cpu_events(profile.kineto_results.experimental_event_tree())
 
     def event_count(self) -> int | None:
         return None
@@ -137,7 +145,7 @@ class CPUSource:
     def abort(self) -> None:
         profile, self._profile = self._profile, None
         if profile is not None:
-            profile.stop()
+            profile.__exit__(None, None, None)
 
     def reset_peak(self) -> None: ...
 
@@ -183,7 +191,7 @@ class CUDASource:
     follows_warmup = True
     clock_error_ns = 2_000  # the history is stamped in whole microseconds
 
-    def __init__(self, device: torch.device, max_events: int = MAX_EVENTS) -> None:
+    def __init__(self, device: torch.device, max_events: int = MAX_EVENTS, *, keep_snapshot: bool = False) -> None:
         backend = torch.cuda.memory.get_allocator_backend()
         if backend != "native":
             raise ValueError(
@@ -200,6 +208,8 @@ class CUDASource:
         self._retries_before = 0
         self.overflowed = False
         self.failure: tuple[int, int] | None = None
+        self.snapshot: dict[str, Any] | None = None
+        self._keep_snapshot = keep_snapshot
         self._started = False
         self._was_on = False
         self._since_ns = 0
@@ -207,10 +217,9 @@ class CUDASource:
     def start(self) -> None:
         self._was_on = torch._C._cuda_isHistoryEnabled()
         if not self._was_on:
-            # context=None: stacks are of no use here and would cost microseconds an allocation.
-            torch.cuda.memory._record_memory_history(
-                "all", context=None, max_entries=self.max_entries, clear_history=True
-            )
+            # Stacks are of use in a snapshot only, and cost microseconds an allocation.
+            stacks = {"context": "alloc", "stacks": "python"} if self._keep_snapshot else {"context": None}
+            torch.cuda.memory._record_memory_history("all", **stacks, max_entries=self.max_entries, clear_history=True)
         self._started = True
         # After switching on, so that nothing falls between.
         self._segments = self._snapshot_segments()
@@ -232,6 +241,8 @@ class CUDASource:
             snapshot = torch.cuda.memory._snapshot()
         finally:
             self.abort()
+        if self._keep_snapshot:
+            self.snapshot = snapshot
         trace = snapshot["device_traces"][self._device.index]
         self.failure = last_failure(trace, self._since_ns)
         self.overflowed = len(trace) >= self.max_entries and not self._was_on

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .lstm import rule_holds
+
 aten = torch.ops.aten
 
 BLOCK_BYTES = 512
@@ -94,7 +96,7 @@ def unknowns(module: nn.Module) -> list[str]:
 
 def cpu_unknowns(module: nn.Module) -> list[str]:
     """What an estimate for a CPU leaves out, of this module."""
-    if not has_lstm(module):
+    if not has_lstm(module) or rule_holds():
         return []
     return [
         "LSTMs are counted as torch runs them without oneDNN (torch.backends.mkldnn.enabled = False): with it they "
@@ -103,7 +105,7 @@ def cpu_unknowns(module: nn.Module) -> list[str]:
 
 
 def has_lstm(module: nn.Module) -> bool:
-    """Whether oneDNN, whose fake LSTM forgets its workspace, must be kept from taking part."""
+    """Whether oneDNN could take part, whose fake LSTM forgets its workspace."""
     return any(isinstance(part, nn.LSTM) for part in module.modules())
 
 

@@ -48,6 +48,7 @@ class FakeMemory(TorchDispatchMode):
         block_bytes: sizes are rounded up to a multiple of it: 512 as on CUDA, 1 as on a CPU.
         workspace_bytes: a library's workspace, allocated before all else and kept; 0 for none.
         scratch: from an operation and its arguments, the bytes that its kernel needs for itself.
+        amend: from an operation, its arguments and its result, the result that it would have on the device.
     """
 
     lists_live_blocks = True
@@ -55,12 +56,17 @@ class FakeMemory(TorchDispatchMode):
     clock_error_ns = 0
     failure: tuple[int, int] | None = None
     overflowed = False
+    snapshot: dict[str, Any] | None = None
 
     def __init__(
-        self, block_bytes: int = 1, workspace_bytes: int = 0, scratch: Callable[[Any, Any], int] = lambda func, args: 0
+        self,
+        block_bytes: int = 1,
+        workspace_bytes: int = 0,
+        scratch: Callable[[Any, Any], int] = lambda func, args: 0,
+        amend: Callable[[Any, Any, Any], Any] = lambda func, args, result: result,
     ) -> None:
         super().__init__()
-        self._scratch = scratch
+        self._scratch, self._amend = scratch, amend
         self._block_bytes = block_bytes
         self._addresses = 0
         self._blocks: dict[int, _Fake] = {}
@@ -127,7 +133,7 @@ class FakeMemory(TorchDispatchMode):
         if scratch_bytes:
             scratch = _Fake(self._new_address(), scratch_bytes, None)
             self._tell(scratch)
-        result = func(*args, **(kwargs or {}))
+        result = self._amend(func, args, func(*args, **(kwargs or {})))
         if func is aten.add.Tensor and in_backward() and not torch.is_grad_enabled() and _called_by_engine():
             self._summed(result, args[:2])
             return result

@@ -1,4 +1,4 @@
-"""What kernels of a CPU allocate and free within themselves, where that is large: convolutions and batch norm.
+"""What kernels of a CPU allocate and free within themselves, where that is large: convolutions, batch norm, LSTMs.
 
 - oneDNN works on blocked layouts: it copies its inputs to them, and its result back
   (aten/src/ATen/native/mkldnn/Conv.cpp).
@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .lstm import lstm_scratch
 
 aten = torch.ops.aten
 _CONVOLUTIONS = {aten.convolution.default: 6, aten.convolution_backward.default: 7}
@@ -36,7 +38,7 @@ def cpu_scratch(func: Any, args: tuple[Any, ...]) -> int:
         if _by_onednn(image):
             return int(gradient.nbytes + image.nbytes)
         return _columns_bytes(image, weight, gradient.shape[2:])
-    return 0
+    return lstm_scratch(func, args)
 
 
 def _by_onednn(image: Tensor) -> bool:

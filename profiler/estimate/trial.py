@@ -79,7 +79,7 @@ class Trial:
         Raises:
             EstimateError: the step needs values that only a run on a device has.
         """
-        memory = FakeMemory(device.block_bytes, device.workspace_bytes, device.scratch)
+        memory = FakeMemory(device.block_bytes, device.workspace_bytes, device.scratch, device.amend)
         given = dict(trainer_arguments())
         profiler = _TrialProfiler(memory, device, given.get("accumulate_grad_batches", 1))
         try:
@@ -93,7 +93,7 @@ class Trial:
                 stack.enter_context(memory)
                 stack.enter_context(FakeFunctions())
                 module = self._make_module()
-                if has_lstm(module):
+                if has_lstm(module) and not device.lstms_by_onednn():
                     stack.enter_context(without_onednn())
                 self._fit(module, profiler, given, batch_size)
         except NEEDS_VALUES as error:

@@ -1,6 +1,5 @@
 """Files that are no report, or a damaged one: always a ValueError that says where, never another exception."""
 
-import copy
 import json
 import os
 import pickle
@@ -10,12 +9,13 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
 from reports import transformer
 
 from lightning_mpt.profiler import MemoryReport
 from lightning_mpt.profiler.render import report_text
 from lightning_mpt.profiler.report import REPORT_LIMIT_BYTES
+
+from .damage import REMOVED, Change, changes, damaged
 
 VALID = transformer(2).to_json()
 
@@ -24,19 +24,6 @@ def load(content: Any, folder: Path) -> MemoryReport:
     path = folder / "report.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
     return MemoryReport.load(path)
-
-
-def changed(where: list[Any], value: Any) -> dict[str, Any]:
-    """The valid report with the value at `where` replaced; None for `value` and it is left out."""
-    report = copy.deepcopy(VALID)
-    at: Any = report
-    for key in where[:-1]:
-        at = at[key]
-    if value is None:
-        del at[where[-1]]
-    else:
-        at[where[-1]] = value
-    return report
 
 
 def test_a_report_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -67,7 +54,7 @@ def test_a_report_comes_back_as_it_was(tmp_path: Path) -> None:
 )
 def test_what_is_wrong_is_said_with_its_place(where: list[Any], value: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message) as refusal:
-        load(changed(where, value), tmp_path)
+        load(damaged(VALID, [(tuple(where), REMOVED if value is None else value)]), tmp_path)
     assert str(tmp_path / "report.json") in str(refusal.value)
 
 
@@ -135,45 +122,14 @@ def test_a_folder_is_an_error_of_the_system(tmp_path: Path) -> None:
         MemoryReport.load(tmp_path)
 
 
-def places(value: Any, above: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where anything is in nested objects and lists."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [place for key, item in items for place in ((*above, key), *places(item, (*above, key)))]
-
-
-ANYTHING = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
-    max_leaves=6,
-)
-REMOVED = object()
-CHANGES = st.lists(
-    st.tuples(st.sampled_from(places(VALID)), st.just(REMOVED) | ANYTHING | st.just("net.h.0") | st.just(0)),
-    min_size=1,
-    max_size=4,
-)
-
-
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(changes=CHANGES)
-@example(changes=[(("peak_bytes",), 0)])
-@example(changes=[(("phases",), {})])
-@example(changes=[(("parameters",), 0), (("forwards",), {})])
-def test_a_damaged_report_is_shown_or_refused(changes: list[tuple[tuple[Any, ...], Any]], tmp_path: Path) -> None:
-    damaged = copy.deepcopy(VALID)
-    for (*above, last), value in changes:
-        at: Any = damaged
-        try:
-            for key in above:
-                at = at[key]
-            if value is REMOVED:
-                del at[last]
-            else:
-                at[last] = value
-        except (KeyError, IndexError, TypeError):
-            continue  # an earlier change took away where this one belongs
+@given(made=changes(VALID))
+@example(made=[(("peak_bytes",), 0)])
+@example(made=[(("phases",), {})])
+@example(made=[(("parameters",), 0), (("forwards",), {})])
+def test_a_damaged_report_is_shown_or_refused(made: list[Change], tmp_path: Path) -> None:
     try:
-        report = load(damaged, tmp_path)
+        report = load(damaged(VALID, made), tmp_path)
     except ValueError:
         return
     assert report.to_json()

@@ -13,16 +13,19 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.estimate import PRECISIONS, TARGET, Case, convnet, errors, estimated, gpt2, lstm, measured, mlp
 from lightning_mpt.cli.estimate import estimate
 from lightning_mpt.profiler.estimate import CPU, EstimateError, Trial
+from lightning_mpt.profiler.estimate.lstm import rule_holds
 
 GPT2 = Case(gpt2, {"layers": 1, "width": 64, "vocab_size": 256, "seq_len": 64, "batch_size": 4})
 MLP = Case(mlp, {"features": 32, "width": 64, "layers": 2, "batch_size": 256})
 CONVNET = Case(convnet, {"width": 8, "size": 16, "batch_size": 8})
 LSTM = Case(lstm, {"features": 16, "width": 32, "layers": 2, "steps": 12, "batch_size": 8}, onednn=False)
+ONEDNN = LSTM._replace(shape={**LSTM.shape, "features": 24, "width": 40}, onednn=rule_holds())
 PAIRS = [
     *[pytest.param(GPT2, precision, id=f"gpt2-{precision}") for precision in PRECISIONS],
     *[pytest.param(MLP, precision, id=f"mlp-{precision}") for precision in ("32-true", "bf16-mixed")],
     *[pytest.param(CONVNET, precision, id=f"convnet-{precision}") for precision in ("32-true", "mpt-bf16-true")],
     *[pytest.param(LSTM, precision, id=f"lstm-{precision}") for precision in ("32-true", "bf16-mixed")],
+    *[pytest.param(ONEDNN, precision, id=f"lstm-onednn-{precision}") for precision in ("32-true", "mpt-bf16-true")],
 ]
 
 

@@ -227,6 +227,28 @@ def test_what_has_a_librarys_size_and_stays_is_its_workspace() -> None:
     }
 
 
+def test_what_has_a_buckets_size_no_owner_and_stays_is_a_bucket() -> None:
+    history = recording(
+        events=[(10, 2, 64), (20, 2, -64), (30, 4, 64), (40, 5, 64)],
+        start=[Event(0, 1, 64, 64), Event(0, 3, 63, 63)],
+        claims=[claim(35, 4, Category.WEIGHTS)],
+        bucket_bytes=[64, 64, 64],
+    )
+    assert categories_of(history) == {
+        1: Category.GRADIENTS,
+        2: Category.TEMPORARIES,
+        3: Category.UNATTRIBUTED,
+        4: Category.WEIGHTS,
+        5: Category.GRADIENTS,
+    }  # and the third is nowhere
+
+
+def test_a_bucket_that_no_event_tells_of_is_there_all_the_time_where_the_source_does_not_list_what_is_alive() -> None:
+    history = recording(events=[(10, 1, 8), (20, 1, -8)], bucket_bytes=[64, 36], claims_make_blocks=True)
+    assert replay(history).peak.bytes == 64 + 36 + 8
+    assert replay(history).peak.categories[Category.GRADIENTS] == 64 + 36
+
+
 def test_a_phase_noticed_late_has_what_was_born_since_it_may_have_begun() -> None:
     phases = [Mark(0, "forward"), Mark(100, "backward", since_ns=50)]
     events = [(40, 1, 8), (110, 1, -8), (60, 2, 8), (120, 2, -8), (45, 3, 8), (70, 3, -8)]

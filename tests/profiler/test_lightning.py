@@ -228,11 +228,13 @@ def test_no_report_without_a_fit(tmp_path: Any) -> None:
 
 
 def test_where_the_files_go(tmp_path: Any) -> None:
-    profiler = MemoryProfiler(tmp_path / "reports", "run", save_trace=tmp_path / "traces" / "t.json")
+    files = {"save_trace": tmp_path / "traces" / "t.json", "save_snapshot": tmp_path / "memory_snapshot.pickle"}
+    profiler = MemoryProfiler(tmp_path / "reports", "run", **files)
     fit(Classifier(), tmp_path, profiler)
     assert json.loads((tmp_path / "reports" / "run.json").read_text())["peak_bytes"] == profiler.report.peak_bytes
     assert MemoryReport.from_trace(tmp_path / "traces" / "t.json") == profiler.report
-    assert not (tmp_path / "memory_report.json").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"reports", "traces"}
+    assert "save_snapshot wrote nothing" in profiler.report.notes[0]  # on a CPU
 
 
 def test_the_precision_plugin_says_what_its_tensors_are(tmp_path: Any) -> None:

@@ -1,12 +1,15 @@
 """The sources: the CPU's against what is allocated, CUDA's against a stand-in for torch's functions."""
 
+import pickle
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from lightning_mpt.profiler import AllocatorHealth
+from lightning_mpt.profiler import AllocatorHealth, MemoryRecorder, MemoryReport, session
 from lightning_mpt.profiler.health import allocator_health
 from lightning_mpt.profiler.sources import CPUSource, CUDASource, source_for
 
@@ -58,7 +61,7 @@ class FakeCUDA:
         patch.setattr(torch.cuda.memory, "get_allocator_backend", lambda: backend)
         patch.setattr(torch.cuda.memory, "_record_memory_history", self._record)
         patch.setattr(torch.cuda.memory, "memory_snapshot", self._segments)
-        patch.setattr(torch.cuda.memory, "_snapshot", self._snapshot)
+        patch.setattr(torch.cuda.memory, "_snapshot", self.snapshot)
         patch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: self.calls.append(("reset", device)))
         patch.setattr(torch.cuda, "memory_stats", lambda device: self.stats)
         patch.setattr(torch.cuda, "mem_get_info", lambda device: (3 << 20, 8 << 20))
@@ -73,7 +76,7 @@ class FakeCUDA:
         held = segment(BASE, (1024, "active_allocated", 600), ((1 << 21) - 1024, "inactive"))
         return [held, *self.more, segment(BASE << 1, (512, "active_allocated"), device=1)]
 
-    def _snapshot(self) -> dict[str, Any]:
+    def snapshot(self) -> dict[str, Any]:
         return {"segments": [], "device_traces": [self.trace, []], "allocator_settings": {"max_split_size": -1}}
 
 
@@ -91,6 +94,45 @@ def test_cuda_history_is_on_between_start_and_stop(monkeypatch: pytest.MonkeyPat
     assert [(event.address, event.bytes, event.requested_bytes) for event in events] == [(BASE + 1024, 512, 200)]
     assert events[0].time_ns == late_us * 1000
     assert source.stop() == ([], [])
+
+
+def test_a_snapshot_has_python_stacks_and_is_kept_for_who_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeCUDA(monkeypatch)
+    source = source_for(torch.device("cuda", 0), keep_snapshot=True)
+    source.start()
+    enabled, options = fake.calls[0]
+    assert (enabled, options["context"], options["stacks"]) == ("all", "alloc", "python")
+    source.stop()
+    assert source.snapshot == fake.snapshot()
+
+
+def record_on_cuda(monkeypatch: pytest.MonkeyPatch, path: Path) -> tuple[FakeCUDA, MemoryReport]:
+    """The report of a step that is recorded as if on CUDA, with its snapshot at `path`."""
+    fake = FakeCUDA(monkeypatch)
+    fake.stats |= STATS
+    monkeypatch.setattr(session, "device_of", lambda module: torch.device("cuda", 0))
+    with MemoryRecorder(nn.Linear(2, 2), save_snapshot=path) as recorder:
+        recorder.step()
+    return fake, recorder.report
+
+
+def test_a_recorder_writes_the_snapshot_as_memory_viz_reads_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "memory_snapshot.pickle"
+    fake, report = record_on_cuda(monkeypatch, path)
+    assert pickle.loads(path.read_bytes()) == fake.snapshot()
+    assert report.notes == ()
+
+
+def test_a_snapshot_that_cannot_be_written_is_a_note(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _, report = record_on_cuda(monkeypatch, tmp_path)
+    assert "save_snapshot wrote nothing: [Errno" in report.notes[0]
+
+
+def test_on_a_cpu_there_is_no_snapshot_and_a_note_says_so(tmp_path: Path) -> None:
+    with MemoryRecorder(nn.Linear(2, 2), save_snapshot=tmp_path / "memory_snapshot.pickle") as recorder:
+        recorder.step()
+    assert "save_snapshot wrote nothing: only CUDA" in recorder.report.notes[0]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_history_that_someone_else_records_is_left_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,115 @@
+"""oneDNN's LSTM on a CPU: what it keeps for backward, which torch's fake kernel leaves out, and its scratch.
+
+oneDNN lays the rows of its matrices out on 64 bytes, away from multiples of 1 KiB, and the parts of its workspace on
+pages (src/cpu/rnn/rnn_utils.cpp: `get_good_ld`, `set_offsets`). The sizes were read off layers of some three hundred
+shapes on a CPU without AVX-512, and fit every one to the byte. Another CPU may get another implementation: there the
+rule is asked whether it fits a small layer, and not used where it does not.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+aten = torch.ops.aten
+
+_FORWARD = aten.mkldnn_rnn_layer.default
+_BACKWARD = aten.mkldnn_rnn_layer_backward.default
+_PAGE = 4096
+_NUMBER = 4
+"""Bytes. Half LSTMs do without oneDNN where a CPU has no instructions for them."""
+_POINTERS = 568
+"""Bytes, of addresses and alignment, in its scratch."""
+
+
+def rule_holds() -> bool:
+    """Whether LSTMs may be counted as oneDNN runs them: it takes part, and keeps what the rule says."""
+    return torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled() and _fits()
+
+
+@cache
+def _fits() -> bool:
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False  # then half LSTMs take the same way, with a layout of their own
+    with _disable_current_modes(), torch.enable_grad():  # else nothing is kept
+        input, w0, w1, bias, state = (
+            torch.zeros(shape, dtype=torch.float32, device="cpu")
+            for shape in ((3, 5, 33), (80, 33), (80, 20), (80,), (5, 20))
+        )
+        arguments: tuple[Any, ...] = (
+            input,
+            w0,
+            w1,
+            bias,
+            bias,
+            state,
+            state,
+            False,
+            [],
+            2,
+            20,
+            1,
+            True,
+            False,
+            False,
+            True,
+        )
+        kept: torch.Tensor = _FORWARD(*arguments)[3]
+        return kept.nbytes == _workspace_bytes(*_sizes(_FORWARD, arguments))
+
+
+def with_workspace(func: Callable[..., Any], args: tuple[Any, ...], result: Any) -> Any:
+    """The result of an operation; of an LSTM's layer that goes backward, with a workspace of the size it would have."""
+    if func is not _FORWARD or not torch.is_grad_enabled():
+        return result
+    *outputs, _ = result
+    return (*outputs, args[0].new_empty(_workspace_bytes(*_sizes(func, args)), dtype=torch.uint8))
+
+
+def lstm_scratch(func: Callable[..., Any], args: tuple[Any, ...]) -> int:
+    """Bytes that a layer has beside its results: weights in its own layout, and sums of gates. 0 for all else."""
+    if func is not _FORWARD and func is not _BACKWARD:
+        return 0
+    steps, batch, inputs, hidden = _sizes(func, args)
+    gates = 4 * hidden
+    sums = _pages(steps * batch * _row(gates)) + 2 * _pages(batch * _row(hidden)) + _PAGE + _POINTERS
+    scratch = sums + _NUMBER * (gates + (inputs + hidden) * _row(gates))
+    if func is _BACKWARD:
+        scratch += _NUMBER * (gates + 2 * batch * hidden)
+        scratch += sum(_NUMBER * gates * _row(size) for size in (inputs, hidden) if size != _row(size))
+        gradient = args[10]
+        if gradient is not None and not gradient.is_contiguous():
+            scratch += gradient.nbytes
+    return scratch
+
+
+def _sizes(func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[int, int, int, int]:
+    """Steps, samples, inputs, hidden units of a layer."""
+    input, w1 = args[0], args[2]
+    batch_first = args[14] if func is _FORWARD else args[21]
+    steps, batch = input.shape[:2][::-1] if batch_first else input.shape[:2]
+    return steps, batch, input.shape[2], w1.shape[1]
+
+
+def _workspace_bytes(steps: int, batch: int, inputs: int, hidden: int) -> int:
+    states = 2 * (steps + 1) * batch
+    return (
+        _pages(steps * batch * _row(4 * hidden))
+        + 3 * _pages(states * _row(max(inputs, hidden)))
+        + 2 * _pages(states * hidden)
+        + _pages(steps * batch * _row(hidden))
+    )
+
+
+def _row(numbers: int) -> int:
+    """How many numbers a row of so many has room for."""
+    line = 64 // _NUMBER
+    rounded = -(-numbers // line) * line
+    return rounded + line if rounded % 256 == 0 else rounded
+
+
+def _pages(numbers: int) -> int:
+    """Bytes of the whole pages that hold so many numbers."""
+    return -(-numbers * _NUMBER // _PAGE) * _PAGE
