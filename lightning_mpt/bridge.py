@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from .base import MasterOptimizer
+from .base import MasterOptimizer, adopted_class
 from .kernels.gradients import true_gradient
 from .masters import MasterWeights
 from .pieces import dense, flat
@@ -135,7 +135,7 @@ def bridge(optimizer: Optimizer, masters: MasterWeights) -> BridgedOptimizer:
     optimizer.__dict__.pop("step", None)  # the tracker of an LRScheduler, bound to the old class
     adopted = type(optimizer)
     bridged = cast(BridgedOptimizer, optimizer)
-    bridged.__class__ = type(f"Master{adopted.__name__}", (BridgedOptimizer, adopted), {})
+    bridged.__class__ = adopted_class(BridgedOptimizer, adopted)
     bridged._adopted_class = adopted
     bridged.masters, bridged.masters_in_module, bridged._masters_of = masters, True, {}
     with bridged._masters_in_groups():

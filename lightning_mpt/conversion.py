@@ -10,6 +10,7 @@ beside FP32 parameters. Other types may be named; their inputs are cast to FP32 
 
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -56,7 +57,7 @@ class ConvertedModule:
         self._masters = masters
         self._buffers: dict[tuple[nn.Module, str], Tensor] = {}
         """The FP32 value of every buffer that became half, on the host."""
-        self._widened: set[nn.Parameter] = set()
+        self._widened: set[Tensor] = set()
         self._loading: dict[Tensor, Tensor] = {}
         self._decoded: dict[Tensor, tuple[int, weakref.ref[Tensor]]] = {}
         self._handles: list[Any] = []
@@ -114,10 +115,55 @@ class ConvertedModule:
                 if parameter in self._widened and parameter.grad_dtype != parameter.dtype:
                     parameter.grad_dtype = parameter.dtype
             elif gradient.dtype in HALF_DTYPES and parameter.requires_grad:
-                parameter.grad = None
-                parameter.grad_dtype = torch.float32
-                parameter.grad = gradient.float()
-                self._widened.add(parameter)
+                self.give_gradient(parameter, gradient.float())
+
+    def give_gradient(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Make `gradient` (float32) the gradient of one of the module's parameters, half or not."""
+        parameter.grad = None
+        if parameter in self._parameters:
+            parameter.grad_dtype = torch.float32
+            self._widened.add(parameter)
+        parameter.grad = gradient
+
+    @contextmanager
+    def fp32_values(self, *, write: bool) -> Iterator[None]:
+        """Within it the module has FP32 parameters and buffers, other tensors, in the place of its half ones.
+
+        Args:
+            write: afterwards the half ones and their masters become what these hold. Else they are only to be read.
+        """
+        parameters = {p: nn.Parameter(self._masters.read(p), p.requires_grad) for p in self._parameters}
+        buffers = {key: self._buffer_in_fp32(half, self._buffers[key]) for key, half in self._half_buffers()}
+        halves = dict(self._half_buffers())
+        places = [
+            (part._parameters, name, p) for part in self.module.modules() for name, p in part._parameters.items()
+            if p in parameters
+        ]  # fmt: skip
+        try:
+            for held, name, parameter in places:
+                held[name] = parameters[parameter]
+            for (part, name), value in buffers.items():
+                part._buffers[name] = value
+            yield
+        finally:
+            for held, name, parameter in places:
+                held[name] = parameter
+            for (part, name), half in halves.items():
+                part._buffers[name] = half
+        if write:
+            for parameter, value in parameters.items():
+                # Plainly, so that an average loses no bit: the optimizer stores it in its own way at its next step.
+                self._masters.write(parameter, value.detach(), PLAIN)
+            for key, value in buffers.items():
+                halves[key].copy_(self._saturated(value))
+                self._buffers[key] = value.cpu()
+
+    def _half_buffers(self) -> Iterator[tuple[tuple[nn.Module, str], Tensor]]:
+        """The buffers that became half and still are."""
+        for part, name in self._buffers:
+            now = part._buffers[name]
+            if now is not None and now.dtype in HALF_DTYPES:
+                yield (part, name), now
 
     def restore(self) -> None:
         """Make the module FP32 again, with the values of the masters, and let go of it. Gradients are dropped."""
@@ -130,10 +176,8 @@ class ConvertedModule:
             if parameter in self._widened:
                 parameter.grad_dtype = None  # any: the nearest there is to never having said it
             self._masters.drop(parameter)
-        for (part, name), original in self._buffers.items():
-            now = part._buffers[name]
-            if now is not None and now.dtype in HALF_DTYPES:
-                part._buffers[name] = self._buffer_in_fp32(now, original)
+        for (part, name), half in list(self._half_buffers()):
+            part._buffers[name] = self._buffer_in_fp32(half, self._buffers[part, name])
         self._buffers, self._handles = {}, []
 
     def _check(self) -> None:

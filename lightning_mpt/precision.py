@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
@@ -22,10 +21,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
 from torch.optim import LBFGS, Adam, AdamW, Optimizer, SparseAdam
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 from typing_extensions import override
 
 from .bridge import BridgedOptimizer, bridge
+from .callbacks import AveragedMasters, LogMetrics
 from .conversion import RUNNING_NORMS, ConvertedModule
 from .loss_scale import ConstantLossScale, DynamicLossScale, make_loss_scale
 from .masters import MasterWeights
@@ -35,6 +34,7 @@ from .release import GradientRelease, check_loop
 from .schedules import HeldSchedules
 from .skips import SkippedSteps
 from .storage import master_storage, moment_storage
+from .true_gradients import true_gradients
 
 DTYPES = {"16-true": torch.float16, "bf16-true": torch.bfloat16}
 
@@ -111,9 +111,12 @@ class MasterWeightPrecision(Precision):
         self._adopted: list[MasterAdamW | BridgedOptimizer] = []
         self._schedules = HeldSchedules()
         self._skips = SkippedSteps(self.loss_scale, self._schedules.skipped)
-        self._metrics = _LogMetrics(self._skips)
+        self._metrics = LogMetrics(self._skips)
+        self._averages = AveragedMasters()
         self._clips: dict[Optimizer, tuple[GradClipAlgorithmType, float]] = {}
         self._grad_norm: Tensor | None = None
+        self._backward_scale = self._loss_scale.scale
+        self._shows_true_gradients = False
         self._warned = False
         self._device_type = "cpu"
 
@@ -147,6 +150,31 @@ class MasterWeightPrecision(Precision):
             )
         return adopted.master_params()
 
+    @contextmanager
+    def true_gradients(self) -> Generator[None, None, None]:
+        """Within it, `parameter.grad` of the module's parameters is the true gradient: float32, unscaled.
+
+        So it is for callbacks and the module in `on_before_optimizer_step` and `configure_gradient_clipping`, with
+        `lightning.pytorch.utilities.grad_norm` among others; elsewhere between backward and the step, in manual
+        optimization above all, ask for it: `with self.trainer.precision_plugin.true_gradients(): ...`. What is
+        changed in place or assigned holds for the step. A gradient that is looked at takes 4 bytes an element until
+        the end of the block, and keeps them if it was changed; one that nobody looks at costs nothing.
+
+        Raises:
+            RuntimeError: no module is being trained, or a gradient that is looked at is sparse.
+        """
+        if self._converted is None:
+            raise RuntimeError(f"{self!r} trains no module now, and knows no gradients: ask during fit.")
+        if self._shows_true_gradients:
+            yield
+            return
+        self._shows_true_gradients = True
+        try:
+            with true_gradients(self._converted, self._backward_scale):
+                yield
+        finally:
+            self._shows_true_gradients = False
+
     def memory_categories(self) -> Generator[tuple[str, Tensor, Tensor], None, None]:
         """For the memory profiler: the FP32 values of all parameters, frozen ones among them."""
         for parameter, stored in self._masters:
@@ -179,6 +207,7 @@ class MasterWeightPrecision(Precision):
         device = torch.device("cpu") if parameter is None else parameter.device
         self._device_type = device.type
         self._loss_scale.to(device)
+        self._backward_scale = self._loss_scale.scale
         self._skips.scale, self._skips.stuck = self.loss_scale, 0
         for optimizer in optimizers:
             self._refuse(optimizer)
@@ -191,14 +220,14 @@ class MasterWeightPrecision(Precision):
                 self._adopted.append(bridge(optimizer, self._masters))
         if optimizers and self._gradient_release:
             self._release = self._released(self._converted.module)
-        if optimizers:
-            self._attach(self._converted.module, lr_schedulers)
+        self._attach(self._converted.module, lr_schedulers)
         return model, optimizers, lr_schedulers
 
     @override
     def teardown(self) -> None:
         """Undo all of the above. The Trainer calls this when it is done, also after an exception."""
         self._schedules.release()
+        self._averages.release()
         if self._release is not None:
             self._release.remove()
             self._release = None
@@ -238,13 +267,18 @@ class MasterWeightPrecision(Precision):
         return GradientRelease(self._adopted)
 
     def _attach(self, module: nn.Module, lr_schedulers: list[Any]) -> None:
-        """Metrics, and schedules that wait for skipped steps: what needs the module's Trainer."""
+        """Averages over masters, metrics, schedules that wait for skipped steps: what needs the module's Trainer."""
+        assert self._converted is not None
         if not isinstance(module, pl.LightningModule):
             return
-        module.trainer.callbacks.append(self._metrics)  # type: ignore[attr-defined]
+        callbacks: list[pl.Callback] = module.trainer.callbacks  # type: ignore[attr-defined]
+        self._averages.attach(callbacks, self._converted.fp32_values)
+        if not self._adopted:
+            return
+        callbacks.append(self._metrics)
         if module.automatic_optimization and self._release is None:  # there, the rest of a step is done
             for config in lr_schedulers:
-                if config.interval == "step" and not isinstance(config.scheduler, ReduceLROnPlateau):
+                if config.interval == "step":
                     self._schedules.hold(config.scheduler, config.frequency)
 
     # -- forward ------------------------------------------------------------------------------------------------
@@ -272,15 +306,17 @@ class MasterWeightPrecision(Precision):
     def pre_backward(self, tensor: Tensor, module: "pl.LightningModule") -> Tensor:  # type: ignore[override]
         assert self._converted is not None
         self._converted.widen_gradients()
+        # The step divides by it, whatever another optimizer's step has made of the scale by then.
+        self._backward_scale = self._loss_scale.scale
         # FP32 first: a scale of 2**16 is inf in float16.
-        return super().pre_backward(tensor.float() * self._loss_scale.scale, module)
+        return super().pre_backward(tensor.float() * self._backward_scale, module)
 
     @override
     def backward(self, tensor: Tensor, model: "pl.LightningModule", *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         released: AbstractContextManager[None] = nullcontext()
         if self._release is not None:
             check_loop(accumulated=model.trainer.accumulate_grad_batches)  # a callback may have changed it
-            released = self._release.running(self._loss_scale.scale, model.trainer.gradient_clip_val)
+            released = self._release.running(self._backward_scale, model.trainer.gradient_clip_val)
         # Checkpointed modules run forward again here.
         with self.forward_context(), released:
             super().backward(tensor, model, *args, **kwargs)
@@ -309,16 +345,18 @@ class MasterWeightPrecision(Precision):
         **kwargs: Any,
     ) -> Any:
         result = closure()
-        self._after_closure(model, optimizer)
+        with self.true_gradients():
+            self._after_closure(model, optimizer)
         clip = self._clips.pop(optimizer, None)
         if result is None and model.automatic_optimization:
+            optimizer._opt_called = True  # schedules go on, and would warn that no step came before theirs
             return result  # training_step returned None: there is nothing to learn from
         by_norm = clip is not None and clip[0] == GradClipAlgorithmType.NORM
         if self._release is not None:
             found_inf, norm = self._release.found_inf(), None
         else:
             found_inf, norm = optimizer.scan_gradients(norm=by_norm)
-        divisor = scale = self._loss_scale.scale
+        divisor = scale = self._backward_scale
         self._grad_norm = None
         if clip is not None and norm is not None:
             self._grad_norm = norm / scale
@@ -372,19 +410,6 @@ class MasterWeightPrecision(Precision):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loss_scale.load_state_dict(state_dict["loss_scale"])
         self._skips.total = state_dict["skipped_steps"]
-
-
-class _LogMetrics(Callback):
-    """`mpt/loss_scale` and `mpt/skipped_steps`, to the Trainer's logger and its progress bar."""
-
-    def __init__(self, skips: SkippedSteps) -> None:
-        self._skips = skips
-
-    @override
-    def on_train_batch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *_: Any) -> None:
-        # What the host knows by now, as tensors on the CPU: logging them waits for nothing.
-        for name, value in (("mpt/loss_scale", self._skips.scale), ("mpt/skipped_steps", self._skips.total)):
-            pl_module.log(name, torch.tensor(float(value)), on_step=True, on_epoch=False, prog_bar=True)
 
 
 def _unwrapped(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
