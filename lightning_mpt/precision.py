@@ -345,12 +345,22 @@ class MasterWeightPrecision(Precision):
         **kwargs: Any,
     ) -> Any:
         result = closure()
-        with self.true_gradients():
-            self._after_closure(model, optimizer)
-        clip = self._clips.pop(optimizer, None)
-        if result is None and model.automatic_optimization:
-            optimizer._opt_called = True  # schedules go on, and would warn that no step came before theirs
-            return result  # training_step returned None: there is nothing to learn from
+        with default_dtype(torch.float32):  # in manual optimization this is within the training step, and half
+            with self.true_gradients():
+                self._after_closure(model, optimizer)
+            clip = self._clips.pop(optimizer, None)
+            if result is None and model.automatic_optimization:  # training_step returned None: nothing to learn from
+                optimizer._opt_called = True  # schedules go on, and would warn that no step came before theirs
+            else:
+                self._step(optimizer, clip, **kwargs)
+        return result
+
+    def _step(
+        self,
+        optimizer: MasterAdamW | BridgedOptimizer,
+        clip: tuple[GradClipAlgorithmType, float] | None,
+        **kwargs: Any,
+    ) -> None:
         by_norm = clip is not None and clip[0] == GradClipAlgorithmType.NORM
         if self._release is not None:
             found_inf, norm = self._release.found_inf(), None
@@ -373,7 +383,6 @@ class MasterWeightPrecision(Precision):
         self._skips.record(found_inf, at_minimum, self._loss_scale.scale, optimizer)
         self._skips.learn()
         self._complain_if_stuck()
-        return result
 
     def _complain_if_stuck(self) -> None:
         """Many skipped steps in a row and no lower scale to try: training is going nowhere."""
