@@ -132,13 +132,16 @@ class ConvertedModule:
         Args:
             write: afterwards the half ones and their masters become what these hold. Else they are only to be read.
         """
-        parameters = {p: nn.Parameter(self._masters.read(p), p.requires_grad) for p in self._parameters}
-        buffers = {key: self._buffer_in_fp32(half, self._buffers[key]) for key, half in self._half_buffers()}
         halves = dict(self._half_buffers())
         places = [
-            (part._parameters, name, p) for part in self.module.modules() for name, p in part._parameters.items()
-            if p in parameters
-        ]  # fmt: skip
+            (part._parameters, name, p)
+            for part in self.module.modules()
+            for name, p in part._parameters.items()
+            if p in self._parameters
+        ]
+        with torch.inference_mode(False):  # validation has it on, and what is made in it could not be trained
+            parameters = {p: nn.Parameter(self._masters.read(p), p.requires_grad) for p in self._parameters}
+            buffers = {key: self._buffer_in_fp32(half, self._buffers[key]) for key, half in halves.items()}
         try:
             for held, name, parameter in places:
                 held[name] = parameters[parameter]
@@ -151,12 +154,13 @@ class ConvertedModule:
             for (part, name), half in halves.items():
                 part._buffers[name] = half
         if write:
-            for parameter, value in parameters.items():
-                # Plainly, so that an average loses no bit: the optimizer stores it in its own way at its next step.
-                self._masters.write(parameter, value.detach(), PLAIN)
-            for key, value in buffers.items():
-                halves[key].copy_(self._saturated(value))
-                self._buffers[key] = value.cpu()
+            with torch.inference_mode(False):
+                for parameter, value in parameters.items():
+                    # Plainly, so that an average loses no bit: the optimizer stores it in its own way when it steps.
+                    self._masters.write(parameter, value.detach(), PLAIN)
+                for key, value in buffers.items():
+                    halves[key].copy_(self._saturated(value))
+                    self._buffers[key] = value.cpu()
 
     def _half_buffers(self) -> Iterator[tuple[tuple[nn.Module, str], Tensor]]:
         """The buffers that became half and still are."""

@@ -275,7 +275,8 @@ class MasterWeightPrecision(Precision):
         self._averages.attach(callbacks, self._converted.fp32_values)
         if not self._adopted:
             return
-        callbacks.append(self._metrics)
+        if not module.trainer.barebones:  # nothing is logged there
+            callbacks.append(self._metrics)
         if module.automatic_optimization and self._release is None:  # there, the rest of a step is done
             for config in lr_schedulers:
                 if config.interval == "step":

@@ -183,6 +183,7 @@ def test_a_subclass_of_adamw_steps_in_its_own_way(precision: Any) -> None:
         {"limit_train_batches": 3, "max_epochs": 2},
         {"overfit_batches": 1, "max_epochs": 4},
         {"max_steps": 3, "max_epochs": -1},
+        {"barebones": True, "logger": None, "enable_checkpointing": None, "enable_progress_bar": None},
         {"accumulate_grad_batches": 3, "max_epochs": 2},
         {"callbacks": "accumulation", "max_epochs": 4},
     ],
