@@ -7,13 +7,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch import callbacks
+from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
 from typing_extensions import override
 
 from .skips import SkippedSteps
 
-WeightAveraging: Any = getattr(callbacks, "WeightAveraging", ())  # newer than the oldest Lightning that is served
+WeightAveraging: Any = getattr(
+    lightning_callbacks, "WeightAveraging", ()
+)  # newer than the oldest Lightning that is served
 
 
 class LogMetrics(Callback):

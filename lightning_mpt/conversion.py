@@ -284,3 +284,15 @@ def _inputs_to_fp32(module: nn.Module, args: Any, kwargs: Any) -> Any:
 def _cast(value: Any, source: torch.dtype | tuple[torch.dtype, ...], target: torch.dtype) -> Any:
     sources = source if isinstance(source, tuple) else (source,)
     return value.to(target) if isinstance(value, Tensor) and value.dtype in sources else value
+
+
+def module_types(given: Any) -> tuple[type[nn.Module], ...]:
+    """The module types that a user's `fp32_modules` means. ValueError where it is something else."""
+    if given is None:
+        return RUNNING_NORMS
+    types = (given,) if isinstance(given, type) else given
+    if not isinstance(types, tuple | list) or not all(isinstance(t, type) and issubclass(t, nn.Module) for t in types):
+        raise ValueError(
+            f"fp32_modules={given!r} must be module types, such as (torch.nn.BatchNorm2d, torch.nn.LayerNorm)."
+        )
+    return tuple(types)

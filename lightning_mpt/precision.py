@@ -20,12 +20,12 @@ from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
-from torch.optim import LBFGS, Adam, AdamW, Optimizer, SparseAdam
+from torch.optim import Adam, AdamW, Optimizer
 from typing_extensions import override
 
-from .bridge import BridgedOptimizer, bridge
+from .bridge import BridgedOptimizer, bridge, refuse_unfit
 from .callbacks import AveragedMasters, LogMetrics
-from .conversion import RUNNING_NORMS, ConvertedModule
+from .conversion import ConvertedModule, module_types
 from .loss_scale import ConstantLossScale, DynamicLossScale, make_loss_scale
 from .masters import MasterWeights
 from .numerics import FP32Losses, default_dtype, fp32_sums
@@ -104,7 +104,7 @@ class MasterWeightPrecision(Precision):
         self._release: GradientRelease | None = None
         self._master_weights = master_storage(master_weights).name
         self._optimizer_state = moment_storage(optimizer_state).name
-        self._fp32_modules = _module_types(fp32_modules)
+        self._fp32_modules = module_types(fp32_modules)
         self._autocast = autocast
         self._masters = MasterWeights()
         self._converted: ConvertedModule | None = None
@@ -210,7 +210,7 @@ class MasterWeightPrecision(Precision):
         self._backward_scale = self._loss_scale.scale
         self._skips.scale, self._skips.stuck = self.loss_scale, 0
         for optimizer in optimizers:
-            self._refuse(optimizer)
+            refuse_unfit(optimizer)
         for optimizer in optimizers:
             if type(optimizer) in (Adam, AdamW):
                 self._adopted.append(
@@ -244,18 +244,6 @@ class MasterWeightPrecision(Precision):
         self._clips.clear()
         self._skips.learn(wait=True)
 
-    def _refuse(self, optimizer: Any) -> None:
-        name = type(optimizer).__name__
-        if isinstance(optimizer, LBFGS):
-            raise ValueError(
-                f"{name} evaluates the loss many times within a step, which loss scaling cannot follow: "
-                "use another optimizer, or Trainer(precision='32-true')."
-            )
-        if isinstance(optimizer, SparseAdam):
-            raise ValueError(f"{name} takes sparse gradients, and the update takes dense ones only: use AdamW.")
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"{name} is not a torch.optim.Optimizer; masters are kept for one's parameters: use one.")
-
     def _released(self, module: nn.Module) -> GradientRelease:
         if isinstance(module, pl.LightningModule):
             check_loop(
@@ -273,9 +261,7 @@ class MasterWeightPrecision(Precision):
             return
         callbacks: list[pl.Callback] = module.trainer.callbacks  # type: ignore[attr-defined]
         self._averages.attach(callbacks, self._converted.fp32_values)
-        if not self._adopted:
-            return
-        if not module.trainer.barebones:  # nothing is logged there
+        if self._adopted and not module.trainer.barebones:  # nothing is logged there
             callbacks.append(self._metrics)
         if module.automatic_optimization and self._release is None:  # there, the rest of a step is done
             for config in lr_schedulers:
@@ -387,28 +373,15 @@ class MasterWeightPrecision(Precision):
 
     def _complain_if_stuck(self) -> None:
         """Many skipped steps in a row and no lower scale to try: training is going nowhere."""
+        assert self._converted is not None
         stuck = self._skips.stuck
         if stuck == 0:
             self._warned = False
         elif self.error_after_skips is not None and stuck >= self.error_after_skips:
-            raise RuntimeError(self._stuck_message())
+            raise RuntimeError(self._skips.message(self._converted.parameters))
         elif self.warn_after_skips is not None and stuck >= self.warn_after_skips and not self._warned:
             self._warned = True
-            rank_zero_warn(self._stuck_message())
-
-    def _stuck_message(self) -> str:
-        assert self._converted is not None
-        broken = [
-            name
-            for parameter, name in self._converted.parameters.items()
-            if parameter.grad is not None and not parameter.grad.isfinite().all()
-        ]
-        listed = ", ".join(broken[:10]) + (f" and {len(broken) - 10} more" if len(broken) > 10 else "")
-        return (
-            f"{self._skips.stuck} steps in a row were skipped: gradients are inf or NaN at loss scale "
-            f"{self.loss_scale:g}, which can fall no further. Not finite now: {listed or 'none'}. Look for inf or NaN "
-            "in the data and the loss, lower the learning rate, or train in 'bf16-true', whose range is FP32's."
-        )
+            rank_zero_warn(self._skips.message(self._converted.parameters))
 
     # -- the plugin's own state ---------------------------------------------------------------------------------
 
@@ -424,14 +397,3 @@ class MasterWeightPrecision(Precision):
 
 def _unwrapped(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
     return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-
-
-def _module_types(given: Any) -> tuple[type[nn.Module], ...]:
-    if given is None:
-        return RUNNING_NORMS
-    types = (given,) if isinstance(given, type) else given
-    if not isinstance(types, tuple | list) or not all(isinstance(t, type) and issubclass(t, nn.Module) for t in types):
-        raise ValueError(
-            f"fp32_modules={given!r} must be module types, such as (torch.nn.BatchNorm2d, torch.nn.LayerNorm)."
-        )
-    return tuple(types)

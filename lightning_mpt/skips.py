@@ -6,7 +6,7 @@ on a CPU it is at once.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -70,3 +70,13 @@ class SkippedSteps:
                 self._on_skip(optimizer)
             else:
                 self.stuck = 0
+
+    def message(self, parameters: Mapping[torch.nn.Parameter, str]) -> str:
+        """What to say when nothing but skipping happens. `parameters`, with their names, have their gradients."""
+        broken = [name for p, name in parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
+        listed = ", ".join(broken[:10]) + (f" and {len(broken) - 10} more" if len(broken) > 10 else "")
+        return (
+            f"{self.stuck} steps in a row were skipped: gradients are inf or NaN at loss scale "
+            f"{self.scale:g}, which can fall no further. Not finite now: {listed or 'none'}. Look for inf or NaN "
+            "in the data and the loss, lower the learning rate, or train in 'bf16-true', whose range is FP32's."
+        )

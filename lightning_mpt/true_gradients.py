@@ -41,7 +41,7 @@ def true_gradients(converted: ConvertedModule, scale: Tensor) -> Iterator[None]:
     with mode:
         yield
     for parameter, true in mode.changed():
-        converted.give_gradient(parameter, true.detach() * scale.to(true.device, non_blocking=True))
+        converted.give_gradient(parameter, true.detach().float() * scale.to(true.device, non_blocking=True))
 
 
 class _TrueGradients(TorchFunctionMode):

@@ -18,8 +18,8 @@ from training import Classifier, adamw, classification, fit, loader, mlp, traine
 from lightning_mpt import MasterWeightPrecision
 
 HALVES = ["16-true", "bf16-true"]
-CLOSE = {"16-true": 0.01, "bf16-true": 0.05}
-"""Of the losses of an FP32 run; worst seen 0.002 and 0.02."""
+CLOSE = {"16-true": 0.001, "bf16-true": 0.01}
+"""Of the losses of an FP32 run; worst seen 0.00013 and 0.002."""
 
 
 class GAN(L.LightningModule):
@@ -171,7 +171,7 @@ def test_a_subclass_of_adamw_steps_in_its_own_way(precision: Any) -> None:
 
     plain, expected = losses(torch.optim.AdamW), losses(Centered)
     ours = losses(Centered, MasterWeightPrecision(precision))
-    assert max(abs(a - b) for a, b in zip(ours, expected, strict=True)) < 0.01  # worst seen 0.004
+    assert max(abs(a - b) for a, b in zip(ours, expected, strict=True)) < 0.02  # worst seen 0.006
     assert max(abs(a - b) for a, b in zip(plain, expected, strict=True)) > 0.05
 
 
