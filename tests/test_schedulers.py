@@ -30,8 +30,8 @@ class Scheduled(Classifier):
 
     def __init__(self, schedule: Schedule, broken: tuple[int, ...] = (), sgd: bool = False, **config: Any) -> None:
         def configure(module: L.LightningModule) -> Any:
-            kinds = (torch.optim.SGD, {"momentum": 0.9}) if sgd else (torch.optim.AdamW, {})
-            optimizer = kinds[0](module.parameters(), lr=1e-2, **kinds[1])
+            parameters = module.parameters()
+            optimizer: Any = torch.optim.SGD(parameters, 1e-2, 0.9) if sgd else torch.optim.AdamW(parameters, 1e-2)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule(optimizer), **config}}
 
         super().__init__(mlp(width=16), configure)
@@ -150,21 +150,17 @@ def test_several_optimizers_keep_their_own_schedules() -> None:
                 self.manual_backward(F.cross_entropy(net(batch[0]), batch[1]))
                 if batch_idx == 1 and net is self.b:
                     next(net.parameters()).grad.fill_(float("nan"))  # type: ignore[union-attr]
-                before = self.skipped()
+                before = plugin.skipped_steps
                 optimizer.step()
-                if self.skipped() == before:
+                if plugin.skipped_steps == before:
                     schedule.step()
             self.rates.append(tuple(o.param_groups[0]["lr"] for o in self.optimizers()))  # type: ignore
-
-        def skipped(self) -> int:
-            plugin = self.trainer.precision_plugin
-            return plugin.skipped_steps if isinstance(plugin, MasterWeightPrecision) else 0
 
         def configure_optimizers(self) -> Any:
             a = torch.optim.AdamW(self.a.parameters(), lr=1.0)
             b = torch.optim.SGD(self.b.parameters(), lr=1.0)
             return [a, b], [StepLR(a, 1, 0.5), StepLR(b, 2, 0.1)]
 
-    module = Two()
-    fit(module, classification(4), MasterWeightPrecision("bf16-true"))
+    module, plugin = Two(), MasterWeightPrecision("bf16-true")
+    fit(module, classification(4), plugin)
     assert module.rates == [(0.5, 1.0), (0.25, 1.0), (0.125, 0.1), (0.0625, 0.1)]
