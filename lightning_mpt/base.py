@@ -1,7 +1,7 @@
 """What every optimizer over master weights can do, whatever its rule: `MasterAdamW` and the bridge build on it."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,10 @@ from .kernels import Kernel, kernel_for
 from .kernels.slots import GradientTransform
 from .masters import MasterWeights
 from .shards import Layout, layout, local, over_all_shards
+
+T = TypeVar("T", bound=Optimizer)
+
+_ADOPTED: dict[tuple[type[Optimizer], type[Optimizer]], Any] = {}
 
 
 class Scan(NamedTuple):
@@ -117,6 +121,18 @@ class MasterOptimizer(Optimizer):
     def _found_inf(self, device: torch.device) -> Tensor | None:
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         return None if found_inf is None else found_inf.to(device, non_blocking=True).reshape(())
+
+
+def adopted_class(ours: type[T], theirs: type[Optimizer]) -> type[T]:
+    """A class that is both, and is called as theirs: loggers name learning rates after it.
+
+    One for all optimizers of a class, since loggers number these.
+    """
+    key = (ours, theirs)
+    if key not in _ADOPTED:
+        bases = (ours,) if issubclass(ours, theirs) else (ours, theirs)
+        _ADOPTED[key] = type(theirs.__name__, bases, {})
+    return _ADOPTED[key]
 
 
 def refuse_sparse(gradient: Tensor | None) -> None:

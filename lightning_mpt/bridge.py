@@ -13,10 +13,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer, SparseAdam
 from torch.utils._pytree import tree_map
 
-from .base import MasterOptimizer
+from .base import MasterOptimizer, adopted_class
 from .kernels.gradients import true_gradient
 from .masters import MasterWeights
 from .pieces import dense, flat
@@ -140,7 +140,7 @@ def bridge(optimizer: Optimizer, masters: MasterWeights) -> BridgedOptimizer:
     optimizer.__dict__.pop("step", None)  # the tracker of an LRScheduler, bound to the old class
     adopted = type(optimizer)
     bridged = cast(BridgedOptimizer, optimizer)
-    bridged.__class__ = type(f"Master{adopted.__name__}", (BridgedOptimizer, adopted), {})
+    bridged.__class__ = adopted_class(BridgedOptimizer, adopted)
     bridged._adopted_class = adopted
     bridged.masters, bridged.masters_in_module, bridged._masters_of = masters, True, {}
     with bridged._masters_in_groups():
@@ -150,6 +150,20 @@ def bridge(optimizer: Optimizer, masters: MasterWeights) -> BridgedOptimizer:
                 state = bridged.state.pop(parameter)
                 bridged.state[master] = tree_map(lambda v: v.float() if _is_half(v) else v, state)
     return bridged
+
+
+def refuse_unfit(optimizer: Any) -> None:
+    """ValueError or TypeError, with the reason, for what cannot be stepped over master weights."""
+    name = type(optimizer).__name__
+    if isinstance(optimizer, LBFGS):
+        raise ValueError(
+            f"{name} evaluates the loss many times within a step, which loss scaling cannot follow: "
+            "use another optimizer, or precision='32-true'."
+        )
+    if isinstance(optimizer, SparseAdam):
+        raise ValueError(f"{name} takes sparse gradients, and the update takes dense ones only: use AdamW.")
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"{name} is not a torch.optim.Optimizer; masters are kept for one's parameters: use one.")
 
 
 def _is_half(value: Any) -> bool:

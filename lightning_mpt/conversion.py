@@ -10,6 +10,7 @@ beside FP32 parameters. Other types may be named; their inputs are cast to FP32 
 
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -59,7 +60,7 @@ class ConvertedModule:
         self._masters = masters
         self._buffers: dict[tuple[nn.Module, str], Tensor] = {}
         """The FP32 value of every buffer that became half, on the host."""
-        self._widened: set[nn.Parameter] = set()
+        self._widened: set[Tensor] = set()
         self._loading: dict[Tensor, Tensor] = {}
         self.loaded_in_half: set[str] = set()
         self._decoded: dict[Tensor, tuple[int, weakref.ref[Tensor]]] = {}
@@ -128,10 +129,59 @@ class ConvertedModule:
                 if parameter in self._widened and parameter.grad_dtype != parameter.dtype:
                     parameter.grad_dtype = parameter.dtype
             elif gradient.dtype in HALF_DTYPES and parameter.requires_grad:
-                parameter.grad = None
-                parameter.grad_dtype = torch.float32
-                parameter.grad = gradient.float()
-                self._widened.add(parameter)
+                self.give_gradient(parameter, gradient.float())
+
+    def give_gradient(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Make `gradient` (float32) the gradient of one of the module's parameters, half or not."""
+        parameter.grad = None
+        if parameter in self._parameters:
+            parameter.grad_dtype = torch.float32
+            self._widened.add(parameter)
+        parameter.grad = gradient
+
+    @contextmanager
+    def fp32_values(self, *, write: bool) -> Iterator[None]:
+        """Within it the module has FP32 parameters and buffers, other tensors, in the place of its half ones.
+
+        Args:
+            write: afterwards the half ones and their masters become what these hold. Else they are only to be read.
+        """
+        halves = dict(self._half_buffers())
+        places = [
+            (part._parameters, name, p)
+            for part in self.module.modules()
+            for name, p in part._parameters.items()
+            if p in self._parameters
+        ]
+        with torch.inference_mode(False):  # validation has it on, and what is made in it could not be trained
+            parameters = {p: nn.Parameter(self._masters.read(p), p.requires_grad) for p in self._parameters}
+            buffers = {key: self._buffer_in_fp32(half, self._buffers[key]) for key, half in halves.items()}
+        try:
+            for held, name, parameter in places:
+                held[name] = parameters[parameter]
+            for (part, name), value in buffers.items():
+                part._buffers[name] = value
+            yield
+        finally:
+            for held, name, parameter in places:
+                held[name] = parameter
+            for (part, name), half in halves.items():
+                part._buffers[name] = half
+        if write:
+            with torch.inference_mode(False):
+                for parameter, value in parameters.items():
+                    # Plainly, so that an average loses no bit: the optimizer stores it in its own way when it steps.
+                    self._masters.write(parameter, value.detach(), PLAIN)
+                for key, value in buffers.items():
+                    halves[key].copy_(self._saturated(value))
+                    self._buffers[key] = value.cpu()
+
+    def _half_buffers(self) -> Iterator[tuple[tuple[nn.Module, str], Tensor]]:
+        """The buffers that became half and still are."""
+        for part, name in self._buffers:
+            now = part._buffers[name]
+            if now is not None and now.dtype in HALF_DTYPES:
+                yield (part, name), now
 
     def narrow_gradients(self) -> None:
         """Gradients that were summed up in FP32 become half again: for a backward whose end reduces them over ranks.
@@ -156,10 +206,8 @@ class ConvertedModule:
             if parameter in self._widened:
                 parameter.grad_dtype = None  # any: the nearest there is to never having said it
             self._masters.drop(parameter)
-        for (part, name), original in self._buffers.items():
-            now = part._buffers[name]
-            if now is not None and now.dtype in HALF_DTYPES:
-                part._buffers[name] = self._buffer_in_fp32(now, original)
+        for (part, name), half in list(self._half_buffers()):
+            part._buffers[name] = self._buffer_in_fp32(half, self._buffers[part, name])
         self._buffers, self._handles = {}, []
         self._shards_changed()
 
@@ -281,3 +329,15 @@ def _inputs_to_fp32(module: nn.Module, args: Any, kwargs: Any) -> Any:
 def _cast(value: Any, source: torch.dtype | tuple[torch.dtype, ...], target: torch.dtype) -> Any:
     sources = source if isinstance(source, tuple) else (source,)
     return value.to(target) if isinstance(value, Tensor) and value.dtype in sources else value
+
+
+def module_types(given: Any) -> tuple[type[nn.Module], ...]:
+    """The module types that a user's `fp32_modules` means. ValueError where it is something else."""
+    if given is None:
+        return RUNNING_NORMS
+    types = (given,) if isinstance(given, type) else given
+    if not isinstance(types, tuple | list) or not all(isinstance(t, type) and issubclass(t, nn.Module) for t in types):
+        raise ValueError(
+            f"fp32_modules={given!r} must be module types, such as (torch.nn.BatchNorm2d, torch.nn.LayerNorm)."
+        )
+    return tuple(types)

@@ -24,8 +24,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from .base import MasterOptimizer
+from .bridge import refuse_unfit
 from .loss_scale import ConstantLossScale, DynamicLossScale
-from .pipeline import Clip, MasterWeightPipeline, refuse_optimizer, unwrapped
+from .pipeline import Clip, MasterWeightPipeline, unwrapped
 
 
 class FabricMasterWeightPrecision(MasterWeightPipeline, Precision):
@@ -118,7 +119,7 @@ class FabricMasterWeightPrecision(MasterWeightPipeline, Precision):
             ValueError, TypeError: it is not one that can; the message says why.
         """
         if not isinstance(optimizer, MasterOptimizer):
-            refuse_optimizer(optimizer)
+            refuse_unfit(optimizer)
             self._adopt(optimizer)
 
     # -- the loop -----------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from .base import MasterOptimizer, device_name, refuse_sparse
+from .base import MasterOptimizer, adopted_class, device_name, refuse_sparse
 from .kernels.slots import Slot
 from .masters import MasterWeights
 from .pieces import dense
@@ -92,7 +92,7 @@ class MasterAdamW(MasterOptimizer, AdamW):
         optimizer.__dict__.pop("step", None)  # the tracker of an LRScheduler, bound to the old class
         adopted: MasterAdamW = optimizer  # type: ignore[assignment]
         adopted._adopted_class = type(optimizer)
-        adopted.__class__ = cls
+        adopted.__class__ = adopted_class(cls, type(optimizer))
         adopted.storage, adopted.moments = master_storage(master_weights), moment_storage(optimizer_state)
         adopted.masters, adopted.masters_in_module = masters, True
         adopted._patch_step_function()

@@ -17,11 +17,11 @@ from lightning_utilities import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import LBFGS, Adam, AdamW, Optimizer, SparseAdam
+from torch.optim import Adam, AdamW, Optimizer
 
 from .base import Scan
 from .bridge import BridgedOptimizer, bridge
-from .conversion import RUNNING_NORMS, ConvertedModule
+from .conversion import ConvertedModule, module_types
 from .loss_scale import ConstantLossScale, DynamicLossScale, make_loss_scale
 from .masters import MasterWeights
 from .numerics import FP32Losses, default_dtype, fp32_sums
@@ -73,7 +73,7 @@ class MasterWeightPipeline:
         """The loss scale of the last backward: with several optimizers, the first one's step may change the scale."""
         self._master_weights = master_storage(master_weights).name
         self._optimizer_state = moment_storage(optimizer_state).name
-        self._fp32_modules = _module_types(fp32_modules)
+        self._fp32_modules = module_types(fp32_modules)
         self._autocast = autocast
         self._masters = MasterWeights()
         self._converted: list[ConvertedModule] = []
@@ -283,28 +283,3 @@ class MasterWeightPipeline:
 def unwrapped(optimizer: Any) -> Any:
     """The optimizer inside what the Trainer or Fabric hands to users."""
     return getattr(optimizer, "optimizer", optimizer)
-
-
-def refuse_optimizer(optimizer: Any) -> None:
-    """ValueError or TypeError, with the reason, for what cannot step FP32 masters."""
-    name = type(optimizer).__name__
-    if isinstance(optimizer, LBFGS):
-        raise ValueError(
-            f"{name} evaluates the loss many times within a step, which loss scaling cannot follow: "
-            "use another optimizer, or precision='32-true'."
-        )
-    if isinstance(optimizer, SparseAdam):
-        raise ValueError(f"{name} takes sparse gradients, and the update takes dense ones only: use AdamW.")
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"{name} is not a torch.optim.Optimizer; masters are kept for one's parameters: use one.")
-
-
-def _module_types(given: Any) -> tuple[type[nn.Module], ...]:
-    if given is None:
-        return RUNNING_NORMS
-    types = (given,) if isinstance(given, type) else given
-    if not isinstance(types, tuple | list) or not all(isinstance(t, type) and issubclass(t, nn.Module) for t in types):
-        raise ValueError(
-            f"fp32_modules={given!r} must be module types, such as (torch.nn.BatchNorm2d, torch.nn.LayerNorm)."
-        )
-    return tuple(types)

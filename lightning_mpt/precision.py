@@ -7,29 +7,30 @@ optimizer_step   unscale, clip and update, or skip
 teardown         the module is FP32 again, and everything global is what it was
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 from typing_extensions import override
 
 from .base import Scan
-from .bridge import BridgedOptimizer
+from .bridge import BridgedOptimizer, refuse_unfit
+from .callbacks import AveragedMasters, LogMetrics, ReloadMasters
 from .loss_scale import ConstantLossScale, DynamicLossScale
+from .numerics import default_dtype
 from .optimizer import MasterAdamW
-from .pipeline import Clip, MasterWeightPipeline, refuse_optimizer, unwrapped
+from .pipeline import Clip, MasterWeightPipeline, unwrapped
 from .release import GradientRelease, check_loop
 from .shards import any_sharded
+from .true_gradients import true_gradients
 
 OWN_MASTERS = ("DeepSpeedStrategy",)
 """Strategies that do what this plugin does. Lightning's FSDPStrategy refuses every precision plugin but its own."""
@@ -88,7 +89,35 @@ class MasterWeightPrecision(MasterWeightPipeline, Precision):
             )
         self._gradient_release = gradient_release
         self._release: GradientRelease | None = None
-        self._metrics = _InTrainer(self)
+        self._callbacks = [ReloadMasters(self._reload_masters), LogMetrics(self._skips)]
+        self._averages = AveragedMasters()
+        self._shows_true_gradients = False
+
+    @contextmanager
+    def true_gradients(self) -> Generator[None, None, None]:
+        """Within it, `parameter.grad` of the module's parameters is the true gradient: float32, unscaled.
+
+        So it is for callbacks and the module in `on_before_optimizer_step` and `configure_gradient_clipping`, with
+        `lightning.pytorch.utilities.grad_norm` among others; elsewhere between backward and the step, in manual
+        optimization above all, ask for it: `with self.trainer.precision_plugin.true_gradients(): ...`. What is
+        changed in place or assigned holds for the step. A gradient that is looked at takes 4 bytes an element until
+        the end of the block, and keeps them if it was changed; one that nobody looks at costs nothing.
+
+        Raises:
+            RuntimeError: no module is being trained, or a gradient that is looked at is sparse.
+        """
+        if not self._converted:
+            raise RuntimeError(f"{self!r} trains no module now, and knows no gradients: ask during fit.")
+        if self._shows_true_gradients:
+            yield
+            return
+        (converted,) = self._converted
+        self._shows_true_gradients = True
+        try:
+            with true_gradients(converted, self._gradients_scale):
+                yield
+        finally:
+            self._shows_true_gradients = False
 
     @override
     def convert_module(self, module: nn.Module) -> nn.Module:
@@ -115,25 +144,25 @@ class MasterWeightPrecision(MasterWeightPipeline, Precision):
         self._train_on(torch.device("cpu") if parameter is None else parameter.device)
         self._join(model)
         for optimizer in optimizers:
-            refuse_optimizer(optimizer)
+            refuse_unfit(optimizer)
         for optimizer in optimizers:
             self._adopt(optimizer)
         if optimizers and self._gradient_release:
             self._release = self._released(converted.module)
-        if optimizers:
-            self._attach(converted.module, lr_schedulers)
+        self._attach(converted.module, lr_schedulers)
         return model, optimizers, lr_schedulers
 
     @override
     def teardown(self) -> None:
         """Undo all of the above. The Trainer calls this when it is done, also after an exception."""
+        self._averages.release()
         if self._release is not None:
             self._release.remove()
             self._release = None
         for converted in self._converted:
             trainer = getattr(converted.module, "_trainer", None)
-            if trainer is not None and self._metrics in trainer.callbacks:
-                trainer.callbacks.remove(self._metrics)
+            if trainer is not None:
+                trainer.callbacks[:] = [one for one in trainer.callbacks if one not in self._callbacks]
         self._let_go()
 
     def _released(self, module: nn.Module) -> GradientRelease:
@@ -151,7 +180,7 @@ class MasterWeightPrecision(MasterWeightPipeline, Precision):
             )
         return GradientRelease(self._adopted)
 
-    def reload_masters(self, checkpoint: str | Path | None) -> None:
+    def _reload_masters(self, checkpoint: str | Path | None) -> None:
         """Where torch has loaded a file into half parameters alone, give the masters the FP32 values that it holds."""
         (converted,) = self._converted
         if converted.loaded_in_half and checkpoint is not None and Path(checkpoint).is_file():
@@ -165,13 +194,18 @@ class MasterWeightPrecision(MasterWeightPipeline, Precision):
             converted.loaded_in_half.clear()
 
     def _attach(self, module: nn.Module, lr_schedulers: list[Any]) -> None:
-        """Metrics, and schedules that wait for skipped steps: what needs the module's Trainer."""
+        """Averages over masters, metrics, schedules that wait for skipped steps: what needs the module's Trainer."""
         if not isinstance(module, pl.LightningModule):
             return
-        module.trainer.callbacks.append(self._metrics)  # type: ignore[attr-defined]
+        (converted,) = self._converted
+        callbacks: list[pl.Callback] = module.trainer.callbacks  # type: ignore[attr-defined]
+        self._averages.attach(callbacks, converted.fp32_values)
+        if self._adopted:
+            reload, metrics = self._callbacks
+            callbacks += [reload] if module.trainer.barebones else [reload, metrics]  # nothing is logged there
         if module.automatic_optimization and self._release is None:  # there, the rest of a step is done
             for config in lr_schedulers:
-                if config.interval == "step" and not isinstance(config.scheduler, ReduceLROnPlateau):
+                if config.interval == "step":
                     self._schedules.hold(config.scheduler, config.frequency)
 
     @override
@@ -211,32 +245,13 @@ class MasterWeightPrecision(MasterWeightPipeline, Precision):
         **kwargs: Any,
     ) -> Any:
         result = closure()
-        self._after_closure(model, optimizer)
-        clip = self._clips.pop(optimizer, None)
-        if result is None and model.automatic_optimization:
-            return result  # training_step returned None: there is nothing to learn from
-        scan = None if self._release is None else Scan(self._release.found_inf(), None)
-        self._update(optimizer, clip, scan, closure=lambda: result, **kwargs)
+        with default_dtype(torch.float32):  # in manual optimization this is within the training step, and half
+            with self.true_gradients():
+                self._after_closure(model, optimizer)
+            clip = self._clips.pop(optimizer, None)
+            if result is None and model.automatic_optimization:  # training_step returned None: nothing to learn from
+                optimizer._opt_called = True  # schedules go on, and would warn that no step came before theirs
+            else:
+                scan = None if self._release is None else Scan(self._release.found_inf(), None)
+                self._update(optimizer, clip, scan, closure=lambda: result, **kwargs)
         return result
-
-
-class _InTrainer(Callback):
-    """What must be done between the Trainer's own doings.
-
-    `mpt/loss_scale` and `mpt/skipped_steps` go to its logger and its progress bar.
-    """
-
-    def __init__(self, plugin: MasterWeightPrecision) -> None:
-        self._plugin = plugin
-
-    @override
-    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        self._plugin.reload_masters(trainer.ckpt_path)
-
-    @override
-    def on_train_batch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *_: Any) -> None:
-        # What the host knows by now, as tensors on the CPU: logging them waits for nothing.
-        skips = self._plugin._skips
-        for name, value in (("mpt/loss_scale", skips.scale), ("mpt/skipped_steps", skips.total)):
-            # Lightning asks for the batch size in a `training_step(dataloader_iter)`, though there is no mean to take.
-            pl_module.log(name, torch.tensor(float(value)), on_step=True, on_epoch=False, prog_bar=True, batch_size=1)

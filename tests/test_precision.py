@@ -57,7 +57,7 @@ class Watched(Classifier):
         }
         return loss
 
-    def on_before_optimizer_step(self, optimizer: Any) -> None:
+    def on_after_backward(self) -> None:
         self.seen["gradients"] = {name: p.grad.dtype for name, p in self.net.named_parameters() if p.grad is not None}
 
 
@@ -331,12 +331,12 @@ def test_gradients_are_half_where_nothing_accumulates() -> None:
     dtypes = []
 
     class Looks(Classifier):
-        def on_before_optimizer_step(self, optimizer: Any) -> None:
+        def on_after_backward(self) -> None:
             dtypes.append({p.grad.dtype for p in self.parameters() if p.grad is not None})
 
     for accumulated in (2, 1):
         fit(Looks(mlp()), classification(6), MasterWeightPrecision("bf16-true"), accumulate_grad_batches=accumulated)
-    assert dtypes == [{torch.float32}] * 3 + [{torch.bfloat16}] * 6
+    assert dtypes == [{torch.bfloat16}, {torch.float32}] * 3 + [{torch.bfloat16}] * 6
 
 
 @pytest.mark.parametrize(
