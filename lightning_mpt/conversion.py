@@ -224,6 +224,18 @@ class ConvertedModule:
         return tree_map(lambda value: _cast(value, torch.float32, self._dtype), output)
 
 
+def module_types(given: Any) -> tuple[type[nn.Module], ...]:
+    """The module types that a user's `fp32_modules` means; ValueError if it means none."""
+    if given is None:
+        return RUNNING_NORMS
+    types = (given,) if isinstance(given, type) else given
+    if not isinstance(types, tuple | list) or not all(isinstance(t, type) and issubclass(t, nn.Module) for t in types):
+        raise ValueError(
+            f"fp32_modules={given!r} must be module types, such as (torch.nn.BatchNorm2d, torch.nn.LayerNorm)."
+        )
+    return tuple(types)
+
+
 def _own_tensors(part: nn.Module) -> Iterator[Tensor]:
     yield from part.parameters(recurse=False)
     yield from part.buffers(recurse=False)

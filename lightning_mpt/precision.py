@@ -26,7 +26,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from typing_extensions import override
 
 from .bridge import BridgedOptimizer, bridge
-from .conversion import RUNNING_NORMS, ConvertedModule
+from .conversion import ConvertedModule, module_types
+from .diagnosis import Watch
 from .loss_scale import ConstantLossScale, DynamicLossScale, make_loss_scale
 from .masters import MasterWeights
 from .numerics import FP32Losses, default_dtype, fp32_sums
@@ -104,17 +105,17 @@ class MasterWeightPrecision(Precision):
         self._release: GradientRelease | None = None
         self._master_weights = master_storage(master_weights).name
         self._optimizer_state = moment_storage(optimizer_state).name
-        self._fp32_modules = _module_types(fp32_modules)
+        self._fp32_modules = module_types(fp32_modules)
         self._autocast = autocast
         self._masters = MasterWeights()
         self._converted: ConvertedModule | None = None
         self._adopted: list[MasterAdamW | BridgedOptimizer] = []
         self._schedules = HeldSchedules()
-        self._skips = SkippedSteps(self.loss_scale, self._schedules.skipped)
+        self._skips = SkippedSteps(self.loss_scale, self._on_skip)
         self._metrics = _LogMetrics(self._skips)
         self._clips: dict[Optimizer, tuple[GradClipAlgorithmType, float]] = {}
         self._grad_norm: Tensor | None = None
-        self._warned = False
+        self._watch: Watch | None = None
         self._device_type = "cpu"
 
     def __repr__(self) -> str:
@@ -179,7 +180,7 @@ class MasterWeightPrecision(Precision):
         device = torch.device("cpu") if parameter is None else parameter.device
         self._device_type = device.type
         self._loss_scale.to(device)
-        self._skips.scale, self._skips.stuck = self.loss_scale, 0
+        self._skips.begin(self.loss_scale)
         for optimizer in optimizers:
             self._refuse(optimizer)
         for optimizer in optimizers:
@@ -193,6 +194,8 @@ class MasterWeightPrecision(Precision):
             self._release = self._released(self._converted.module)
         if optimizers:
             self._attach(self._converted.module, lr_schedulers)
+            self._watch = Watch(self._converted.module, self._dtype, rank_zero_warn)
+            self._watch.start(self._adopted)
         return model, optimizers, lr_schedulers
 
     @override
@@ -213,7 +216,10 @@ class MasterWeightPrecision(Precision):
                 trainer.callbacks.remove(self._metrics)
         self._adopted = []
         self._clips.clear()
+        watch, self._watch = self._watch, None
         self._skips.learn(wait=True)
+        if watch is not None:
+            watch.end()
 
     def _refuse(self, optimizer: Any) -> None:
         name = type(optimizer).__name__
@@ -272,6 +278,8 @@ class MasterWeightPrecision(Precision):
     def pre_backward(self, tensor: Tensor, module: "pl.LightningModule") -> Tensor:  # type: ignore[override]
         assert self._converted is not None
         self._converted.widen_gradients()
+        if self._watch is not None:
+            self._watch.loss = tensor.detach()
         # FP32 first: a scale of 2**16 is inf in float16.
         return super().pre_backward(tensor.float() * self._loss_scale.scale, module)
 
@@ -334,44 +342,43 @@ class MasterWeightPrecision(Precision):
         self._loss_scale.update(found_inf)
         self._skips.record(found_inf, at_minimum, self._loss_scale.scale, optimizer)
         self._skips.learn()
-        self._complain_if_stuck()
+        if self._watch is not None:
+            self._watch.check(self._skips, self.warn_after_skips, self.error_after_skips)
         return result
 
-    def _complain_if_stuck(self) -> None:
-        """Many skipped steps in a row and no lower scale to try: training is going nowhere."""
-        stuck = self._skips.stuck
-        if stuck == 0:
-            self._warned = False
-        elif self.error_after_skips is not None and stuck >= self.error_after_skips:
-            raise RuntimeError(self._stuck_message())
-        elif self.warn_after_skips is not None and stuck >= self.warn_after_skips and not self._warned:
-            self._warned = True
-            rank_zero_warn(self._stuck_message())
-
-    def _stuck_message(self) -> str:
-        assert self._converted is not None
-        broken = [
-            name
-            for parameter, name in self._converted.parameters.items()
-            if parameter.grad is not None and not parameter.grad.isfinite().all()
-        ]
-        listed = ", ".join(broken[:10]) + (f" and {len(broken) - 10} more" if len(broken) > 10 else "")
-        return (
-            f"{self._skips.stuck} steps in a row were skipped: gradients are inf or NaN at loss scale "
-            f"{self.loss_scale:g}, which can fall no further. Not finite now: {listed or 'none'}. Look for inf or NaN "
-            "in the data and the loss, lower the learning rate, or train in 'bf16-true', whose range is FP32's."
-        )
+    def _on_skip(self, optimizer: Optimizer) -> None:
+        self._schedules.skipped(optimizer)
+        if self._watch is not None:
+            self._watch.skipped(self._skips.in_a_row)
 
     # -- the plugin's own state ---------------------------------------------------------------------------------
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"loss_scale": self._loss_scale.state_dict(), "skipped_steps": self.skipped_steps}
+        return {
+            "loss_scale": self._loss_scale.state_dict(),
+            "skipped_steps": self.skipped_steps,
+            "held_schedules": self._schedules.state_dict(),
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        missing = [name for name in ("loss_scale", "skipped_steps") if name not in state_dict]
+        if missing:
+            raise ValueError(
+                f"The checkpoint's entry {type(self).__name__!r} has {sorted(state_dict)} and lacks {missing}: without "
+                "the entry, training goes on with a new loss scale."
+            )
         self._loss_scale.load_state_dict(state_dict["loss_scale"])
-        self._skips.total = state_dict["skipped_steps"]
+        self._skips.total, self._skips.scale = state_dict["skipped_steps"], self.loss_scale
+        self._schedules.load_state_dict(state_dict.get("held_schedules", ()))
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over the loss scale of a file that `16-mixed` saved."""
+        if scaler := checkpoint.get("MixedPrecision"):
+            self._loss_scale.load_state_dict({"scale": scaler["scale"], "growth_tracker": scaler["_growth_tracker"]})
+            self._skips.scale = self.loss_scale
 
 
 class _LogMetrics(Callback):
@@ -389,14 +396,3 @@ class _LogMetrics(Callback):
 
 def _unwrapped(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
     return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-
-
-def _module_types(given: Any) -> tuple[type[nn.Module], ...]:
-    if given is None:
-        return RUNNING_NORMS
-    types = (given,) if isinstance(given, type) else given
-    if not isinstance(types, tuple | list) or not all(isinstance(t, type) and issubclass(t, nn.Module) for t in types):
-        raise ValueError(
-            f"fp32_modules={given!r} must be module types, such as (torch.nn.BatchNorm2d, torch.nn.LayerNorm)."
-        )
-    return tuple(types)

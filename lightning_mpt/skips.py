@@ -30,16 +30,20 @@ class SkippedSteps:
 
     Attributes:
         total: steps skipped so far.
-        stuck: steps skipped in a row while the loss scale could fall no further.
+        in_a_row: steps skipped since the last that was not.
+        stuck: the same, since the loss scale could fall no further.
         scale: the loss scale after the last step that is known of.
     """
 
     def __init__(self, scale: float, on_skip: Callable[[Optimizer], None]) -> None:
         self.total = 0
-        self.stuck = 0
-        self.scale = scale
+        self.begin(scale)
         self._on_skip = on_skip
         self._on_the_way: deque[_Outcome] = deque()
+
+    def begin(self, scale: float) -> None:
+        """Training starts, at this loss scale: what was in a row is so no longer. The total goes on."""
+        self.scale, self.in_a_row, self.stuck = scale, 0, 0
 
     def record(self, found_inf: Tensor, at_minimum: Tensor, scale: Tensor, optimizer: Optimizer) -> None:
         """Start telling the host of a step. The tensors have no dimensions and share a device."""
@@ -66,7 +70,8 @@ class SkippedSteps:
             found_inf, at_minimum, self.scale = numbers.tolist()
             if found_inf:
                 self.total += 1
+                self.in_a_row += 1
                 self.stuck = self.stuck + 1 if at_minimum else 0
                 self._on_skip(optimizer)
             else:
-                self.stuck = 0
+                self.in_a_row = self.stuck = 0
