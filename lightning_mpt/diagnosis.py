@@ -5,7 +5,7 @@ several steps in a row were skipped, and weights once more when training is over
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ class Watch:
 
     def start(self, optimizers: Iterable[object]) -> None:
         """Look at the optimizers' settings."""
-        for said in unhelpful_settings(self._module, optimizers):
+        for said in dict.fromkeys(unhelpful_settings(self._module, optimizers)):
             self._warn(said)
 
     def skipped(self, in_a_row: int) -> None:
@@ -51,15 +51,24 @@ class Watch:
         if in_a_row == 2:  # one alone is how a dynamic scale finds its height
             self._look_for_lost_weights()
 
-    def check(self, skips: SkippedSteps, warn_after: int | None, error_after: int | None) -> None:
-        """Warn, and then raise RuntimeError, where so many steps in a row were skipped at the lowest loss scale."""
+    def check(
+        self,
+        skips: SkippedSteps,
+        warn_after: int | None,
+        error_after: int | None,
+        released: Mapping[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Warn, and then raise RuntimeError, where so many steps in a row were skipped at the lowest loss scale.
+
+        `released`: where gradients are gone by now, what was found of each.
+        """
         if skips.stuck == 0:
             self._warned = False
         elif error_after is not None and skips.stuck >= error_after:
-            raise RuntimeError(stuck_message(self._module, skips, self.loss))
+            raise RuntimeError(self._stuck_message(skips, released))
         elif warn_after is not None and skips.stuck >= warn_after and not self._warned:
             self._warned = True
-            self._warn(stuck_message(self._module, skips, self.loss))
+            self._warn(self._stuck_message(skips, released))
 
     def end(self) -> None:
         """Training is over: look at the weights a last time."""
@@ -69,7 +78,36 @@ class Watch:
         new = [name for name in lost_weights(self._module) if name not in self._lost]
         if new:
             self._lost.update(new)
-            self._warn(lost_message(new, self._dtype))
+            self._warn(
+                f"{_listed(new)} became inf or NaN, and every step that this reaches is skipped.{self._range()} Go on "
+                "from an earlier checkpoint, with a lower learning rate or more weight decay."
+            )
+
+    def _stuck_message(self, skips: SkippedSteps, released: Mapping[Tensor, Tensor] | None) -> str:
+        """What is not finite, and where that began. Waits for the device."""
+        parts, names = [], []
+        for path, part in self._module.named_modules():
+            own = part.named_parameters(path, recurse=False)
+            if broken := [name for name, parameter in own if _broken(parameter, released)]:
+                parts.append(f"{path or 'the module'} ({type(part).__name__})")
+                names += broken
+        if lost := lost_weights(self._module):
+            cause = f"Weights hold inf or NaN themselves: {_listed(lost)}. Go on from an earlier checkpoint."
+        elif self.loss is not None and not _finite(self.loss):
+            cause = f"The loss is {self.loss.item():g} already: the trouble is in the forward pass, or in the data."
+        else:
+            cause = "The loss is finite: the trouble is in backward, in the first of these modules or after it."
+        return (
+            f"{skips.stuck} steps in a row were skipped: gradients are inf or NaN at loss scale {skips.scale:g}, which "
+            f"can fall no further. Not finite now: {_listed(names)}. Their modules, the last first, as backward comes "
+            f"to them: {_listed(parts[::-1])}. {cause} Look for inf or NaN in the data and the loss, or lower the "
+            f"learning rate.{self._range()}"
+        )
+
+    def _range(self) -> str:
+        if self._dtype == torch.bfloat16:
+            return ""
+        return " What passes 65504 is inf in float16; in 'bf16-true' the range is FP32's."
 
 
 def unhelpful_settings(module: nn.Module, optimizers: Iterable[object]) -> Iterator[str]:
@@ -83,8 +121,8 @@ def unhelpful_settings(module: nn.Module, optimizers: Iterable[object]) -> Itera
         lr, eps = float(group["lr"]), float(group["eps"])
         if eps < SMALLEST_EPS:
             yield (
-                f"eps={eps:g} is nothing in FP32: a weight whose gradients were all 0 is divided 0 by 0 and becomes "
-                "NaN, and under tiny gradients a weight leaps. Give AdamW an eps such as 1e-8."
+                f"eps={eps:g} is nothing in FP32: under tiny gradients weights leap, and where all were 0, an eps of 0 "
+                "makes them 0 / 0, NaN. Give AdamW an eps such as 1e-8."
             )
         if "initial_lr" in group or not 0 < lr < LOST_SHARE * LARGEST_TYPICAL:
             continue
@@ -101,41 +139,17 @@ def lost_weights(module: nn.Module) -> list[str]:
     return [name for name, parameter in module.named_parameters() if not _finite(parameter.detach())]
 
 
-def lost_message(names: Sequence[str], dtype: torch.dtype) -> str:
-    """What became of these parameters, and what to do."""
-    return (
-        f"{_listed(names)} became inf or NaN. A weight whose master passes {torch.finfo(dtype).max:g} is inf in "
-        f"{dtype}, and every step that uses it is skipped. Go on from an earlier checkpoint, with a lower learning "
-        "rate, more weight decay, or in 'bf16-true', whose range is FP32's."
-    )
-
-
-def stuck_message(module: nn.Module, skips: SkippedSteps, loss: Tensor | None) -> str:
-    """Why steps are skipped at the lowest scale: what is not finite, and where that began. Waits for the device."""
-    parts, names = [], []
-    for path, part in module.named_modules():
-        own = part.named_parameters(path, recurse=False)
-        broken = [name for name, parameter in own if parameter.grad is not None and not _finite(parameter.grad)]
-        if broken:
-            parts.append(f"{path or 'the module'} ({type(part).__name__})")
-            names += broken
-    lost = lost_weights(module)
-    if lost:
-        cause = f"Weights hold inf or NaN themselves: {_listed(lost)}. Go on from an earlier checkpoint."
-    elif loss is not None and not _finite(loss):
-        cause = f"The loss is {loss.item():g} already: the trouble is in the forward pass, or in the data."
-    else:
-        cause = "The loss is finite, so the trouble is in backward: look at the first of these modules, and after it."
-    where = f" In the modules, the last first, as backward comes to them: {_listed(parts[::-1])}." if parts else ""
-    return (
-        f"{skips.stuck} steps in a row were skipped: gradients are inf or NaN at loss scale {skips.scale:g}, which can "
-        f"fall no further. Not finite now: {_listed(names) or 'none'}.{where} {cause} Look for inf or NaN in the data "
-        "and the loss, lower the learning rate, or train in 'bf16-true', whose range is FP32's."
-    )
+def _broken(parameter: Tensor, released: Mapping[Tensor, Tensor] | None) -> bool:
+    """Whether the parameter has a gradient that is not finite, or had one."""
+    if released is not None:
+        return parameter in released and bool(released[parameter])
+    return parameter.grad is not None and not _finite(parameter.grad)
 
 
 def _finite(tensor: Tensor) -> bool:
-    return bool(tensor.isfinite().all())
+    if tensor.numel() == 0 or not tensor.is_floating_point():
+        return True
+    return all(math.isfinite(bound.item()) for bound in torch.aminmax(tensor))  # makes no copy, and NaN is both
 
 
 def _rms(tensor: Tensor) -> float:

@@ -343,7 +343,8 @@ class MasterWeightPrecision(Precision):
         self._skips.record(found_inf, at_minimum, self._loss_scale.scale, optimizer)
         self._skips.learn()
         if self._watch is not None:
-            self._watch.check(self._skips, self.warn_after_skips, self.error_after_skips)
+            released = None if self._release is None else self._release.found
+            self._watch.check(self._skips, self.warn_after_skips, self.error_after_skips, released)
         return result
 
     def _on_skip(self, optimizer: Optimizer) -> None:

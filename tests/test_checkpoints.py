@@ -72,19 +72,27 @@ def test_a_file_has_12_bytes_a_parameter_in_fp32(
 ) -> None:
     """Saved in the middle of training: master and two moments. And each only once: the file itself is no larger."""
 
+    plugin = MasterWeightPrecision(precision, master_weights=master_weights, optimizer_state=optimizer_state)
+    assert_bytes_a_parameter(12, tmp_path / "file.ckpt", plugin)
+
+
+def test_and_8_with_momentum_alone(tmp_path: Path) -> None:
+    configure = lambda module: torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)  # noqa: E731
+    assert_bytes_a_parameter(8, tmp_path / "file.ckpt", MasterWeightPrecision("16-true"), configure)
+
+
+def assert_bytes_a_parameter(count: int, path: Path, plugin: MasterWeightPrecision, configure: Any = None) -> None:
     class Wide(Classifier):
         def on_train_epoch_end(self) -> None:
-            self.trainer.save_checkpoint(tmp_path / "file.ckpt")
+            self.trainer.save_checkpoint(path)
 
-    module = Wide(nn.Sequential(nn.Linear(16, 1024), nn.ReLU(), nn.Linear(1024, 4)))
-    plugin = MasterWeightPrecision(precision, master_weights=master_weights, optimizer_state=optimizer_state)
+    module = Wide(nn.Sequential(nn.Linear(16, 1024), nn.ReLU(), nn.Linear(1024, 4)), configure)
     fit(module, classification(2, size=4), plugin)
-    entries = load(tmp_path / "file.ckpt")
-    large = [tensor for tensor in tensors(entries) if tensor.dim()]
+    large = [tensor for tensor in tensors(load(path)) if tensor.dim()]
     assert {tensor.dtype for tensor in large} == {torch.float32}
     parameters = sum(parameter.numel() for parameter in module.parameters())
-    assert sum(tensor.numel() * 4 for tensor in large) == 12 * parameters
-    assert (tmp_path / "file.ckpt").stat().st_size < 12 * parameters + 20_000  # names, counters, and zip's own
+    assert sum(tensor.numel() * 4 for tensor in large) == count * parameters
+    assert path.stat().st_size < count * parameters + 20_000  # names, counters, and what a zip adds
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])

@@ -57,7 +57,16 @@ def test_a_run_that_only_skips_says_that_backward_is_why(precision: Any) -> None
     assert said.startswith("3 steps in a row were skipped")
     assert "Not finite now: net.0.weight, net.0.bias." in said
     assert "as backward comes to them: net.0 (Linear)." in said
-    assert "The loss is finite, so the trouble is in backward" in said
+    assert "The loss is finite: the trouble is in backward, in the first of these modules" in said
+
+
+def test_so_it_does_where_gradients_are_released() -> None:
+    plugin = MasterWeightPrecision("bf16-true", gradient_release=True)
+    plugin.warn_after_skips, plugin.error_after_skips = None, 3
+    with pytest.raises(
+        RuntimeError, match=r"Not finite now: net.0.weight, net.0.bias\..*net\.0 \(Linear\)\. The loss is f"
+    ):
+        fit(Classifier(net(SqrtOfZero())), classification(9), plugin)
 
 
 def test_a_run_that_only_skips_says_that_forward_is_why() -> None:
@@ -88,7 +97,9 @@ def test_a_weight_that_leaves_float16s_range_is_named_once(master_weights: str) 
     """After the second skipped step in a row, long before the loss scale is down, and not again at the end."""
     plugin = MasterWeightPrecision("16-true", master_weights=master_weights)
     (said,) = said_by(lambda: fit(Climbs(), classification(8), plugin))
-    assert said.startswith("net.weight became inf or NaN. A weight whose master passes 65504 is inf in torch.float16")
+    assert said.startswith(
+        "net.weight became inf or NaN, and every step that this reaches is skipped. What passes 65504"
+    )
     assert "'bf16-true'" in said
     assert plugin.skipped_steps == 6
 
@@ -138,7 +149,7 @@ def test_an_eps_of_zero_makes_nan_of_weights_without_gradients_and_is_said_at_st
 
     plugin = MasterWeightPrecision("bf16-true", optimizer_state=optimizer_state)
     eps, lost = said_by(lambda: fit(Classifier(Unused(), adamw(eps=0.0)), classification(4), plugin))
-    assert eps.startswith("eps=0 is nothing in FP32: a weight whose gradients were all 0 is divided 0 by 0")
+    assert eps.startswith("eps=0 is nothing in FP32: under tiny gradients weights leap")
     assert lost.startswith("net.net.0.weight")
 
 

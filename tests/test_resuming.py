@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LinearLR
 from training import Classifier, Configure, Resumable, classification, trainer
 
-from lightning_mpt import DynamicLossScale, MasterWeightPrecision
+from lightning_mpt import PRESETS, DynamicLossScale, MasterWeightPrecision
 from lightning_mpt.storage import MASTER_STORAGES, MOMENT_STORAGES
 
 PRECISIONS = ("16-true", "bf16-true")
@@ -126,6 +126,10 @@ def test_with_every_optimizer_from_anywhere_in_an_epoch(tmp_path: Path, precisio
 def test_amsgrads_third_moment(tmp_path: Path, optimizer_state: str) -> None:
     configure = with_schedule(OPTIMIZERS["amsgrad"])
     resumes(tmp_path, lambda: plugin("bf16-true", optimizer_state=optimizer_state), configure, ["step=4"])
+
+
+def test_with_gradients_that_are_released(tmp_path: Path) -> None:
+    resumes(tmp_path, lambda: MasterWeightPrecision("bf16-true", **PRESETS["minimal"]), with_schedule(adamw))
 
 
 def test_a_schedule_that_waits_for_skipped_steps_goes_on_waiting(tmp_path: Path) -> None:
