@@ -129,8 +129,8 @@ def unhelpful_settings(module: nn.Module, optimizers: Iterable[object]) -> Itera
         still = [names.get(p, "a parameter") for p in group["params"] if p.requires_grad and lr < LOST_SHARE * _rms(p)]
         if still:
             yield (
-                f"lr={lr:g} is too small to move most weights of {_listed(still)}: AdamW's step is about lr, and an "
-                f"FP32 number changes by no less than 2**-25 of itself. Use a larger one."
+                f"lr={lr:g} is too small to move most weights of {_listed(still)}: AdamW's step is about lr, and to an "
+                "FP32 number less than 2**-25 of itself adds nothing. Use a larger one."
             )
 
 

@@ -137,9 +137,15 @@ def mixed(**options: Any) -> dict[str, Any]:
     return {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", **options))]}
 
 
-FOREIGN: dict[str, Any] = {"32-true": dict, "16-mixed": mixed, "bf16-mixed": lambda: {"precision": "bf16-mixed"}}
-TRAINING = 5e-3
-"""Of the loss: how far half precision may lead away from FP32 in a dozen steps. Worst seen 0.0014."""
+FOREIGN: dict[str, Any] = {
+    "32-true": dict,
+    "16-mixed": mixed,
+    "bf16-mixed": lambda: {"precision": "bf16-mixed"},
+    "bf16-true": lambda: {"precision": "bf16-true"},
+}
+TRAINING = 1e-2
+"""Of the loss: how far half precision may lead away from FP32 in a dozen steps. Worst seen 0.0084, under `bf16-true`
+without masters; else 0.0014."""
 
 
 @pytest.mark.parametrize("other", FOREIGN)

@@ -1,6 +1,6 @@
 """A run that was stopped and goes on is, bit for bit, the run that was not."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +76,29 @@ class Saves(Classifier):
             self.trainer.save_checkpoint(self._folder / f"{what}={number}.ckpt")
 
 
-def run(ours: MasterWeightPrecision, configure: Configure, folder: Path | None = None, ckpt: Path | None = None) -> Any:
+class Manual(Saves):
+    """Steps its two optimizers itself, one after the other."""
+
+    def __init__(self, configure: Configure, folder: Path | None) -> None:
+        super().__init__(configure, folder)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for optimizer in self.optimizers():  # type: ignore[union-attr]
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+
+def run(
+    ours: MasterWeightPrecision,
+    configure: Configure,
+    kind: type[Saves] = Saves,
+    folder: Path | None = None,
+    ckpt: Path | None = None,
+) -> Any:
     """Two epochs, or what is left of them; the module, and all that a checkpoint holds at the end."""
-    module = Saves(configure, folder)
+    module = kind(configure, folder)
     loop = trainer(ours, max_epochs=2)
     loop.fit(
         module, Resumable(classification(EPOCH, size=8)), ckpt_path=ckpt, weights_only=None if ckpt is None else True
@@ -86,11 +106,17 @@ def run(ours: MasterWeightPrecision, configure: Configure, folder: Path | None =
     return module, loop._checkpoint_connector.dump_checkpoint(weights_only=False)
 
 
-def resumes(folder: Path, make: Any, configure: Configure, names: Iterable[str] = SAVED) -> None:
-    whole, end = run(make(), configure, folder)
+def resumes(
+    folder: Path,
+    make: Callable[[], MasterWeightPrecision],
+    configure: Configure,
+    names: Iterable[str] = SAVED,
+    kind: type[Saves] = Saves,
+) -> None:
+    whole, end = run(make(), configure, kind, folder)
     assert end["MasterWeightPrecision"]["skipped_steps"] >= 4
     for name in names:
-        resumed, same_end = run(make(), configure, ckpt=folder / f"{name}.ckpt")
+        resumed, same_end = run(make(), configure, kind, ckpt=folder / f"{name}.ckpt")
         assert resumed.losses == whole.losses[SAVED[name] :], name
         for key in ("state_dict", "optimizer_states", "lr_schedulers", "MasterWeightPrecision"):
             torch.testing.assert_close(same_end[key], end[key], rtol=0, atol=0)
@@ -130,6 +156,13 @@ def test_amsgrads_third_moment(tmp_path: Path, optimizer_state: str) -> None:
 
 def test_with_gradients_that_are_released(tmp_path: Path) -> None:
     resumes(tmp_path, lambda: MasterWeightPrecision("bf16-true", **PRESETS["minimal"]), with_schedule(adamw))
+
+
+def test_with_two_optimizers_that_the_module_steps_itself(tmp_path: Path) -> None:
+    def configure(module: Any) -> Any:
+        return [adamw(module.net[0].parameters()), OPTIMIZERS["sgd"](module.net[3:].parameters())]
+
+    resumes(tmp_path, lambda: plugin("16-true"), configure, ["step=4"], Manual)
 
 
 def test_a_schedule_that_waits_for_skipped_steps_goes_on_waiting(tmp_path: Path) -> None:
