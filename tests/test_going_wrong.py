@@ -69,6 +69,27 @@ def test_so_it_does_where_gradients_are_released() -> None:
         fit(Classifier(net(SqrtOfZero())), classification(9), plugin)
 
 
+def test_so_it_does_where_one_of_two_optimizers_only_skips() -> None:
+    class Two(Classifier):
+        automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            for optimizer, factor in zip(self.optimizers(), (float("nan"), 1.0), strict=True):  # type: ignore[arg-type]
+                optimizer.zero_grad()
+                self.manual_backward(super().training_step(batch, batch_idx) * factor)  # type: ignore[operator]
+                optimizer.step()
+
+    def configure(module: Any) -> Any:
+        return [torch.optim.AdamW(module.net[index].parameters()) for index in (0, 3)]
+
+    plugin = MasterWeightPrecision("bf16-true")
+    plugin.warn_after_skips, plugin.error_after_skips = None, 5
+    module = Two(net(nn.Identity()), configure)
+    with pytest.raises(RuntimeError, match="5 steps in a row were skipped.*The loss is nan already"):
+        fit(module, classification(9), plugin)
+    assert len(module.losses) == 5 + 4
+
+
 def test_a_run_that_only_skips_says_that_forward_is_why() -> None:
     plugin = MasterWeightPrecision("16-true", loss_scale=None)
     with (
