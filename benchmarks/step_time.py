@@ -148,7 +148,7 @@ def measure_memory(build: Build, shapes: list[tuple[int, ...]]) -> tuple[int, in
     Everything is built and stepped within one recording, so that every byte alive is on the CPU allocator's record.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
         optimizer = build(shapes, "cpu")
         optimizer.step()
         with torch.profiler.record_function("measured step"):

@@ -85,7 +85,8 @@ class MasterOptimizer(Optimizer):
         """What does the work on a device. A kernel keeps tables between steps: each optimizer has its own."""
         kernels = self.__dict__.setdefault("_kernels", {})
         if device not in kernels:
-            kernels[device] = kernel_for(device)
+            numel = sum(parameter.numel() for parameter in self.parameters() if parameter.device == device)
+            kernels[device] = kernel_for(device, numel)
         kernel: Kernel = kernels[device]
         return kernel
 

@@ -119,6 +119,18 @@ class ConvertedModule:
                 parameter.grad = gradient.float()
                 self._widened.add(parameter)
 
+    def narrow_gradients(self) -> None:
+        """Gradients that were summed up in FP32 become half again: for a backward whose end reduces them over ranks.
+
+        `DistributedDataParallel` reduces in the parameters' dtype, so that the sum is rounded once in any case.
+        """
+        for parameter in self._widened:
+            gradient = parameter.grad
+            if gradient is not None and gradient.dtype != parameter.dtype:
+                parameter.grad = None
+                parameter.grad_dtype = parameter.dtype
+                parameter.grad = gradient.to(parameter.dtype)
+
     def restore(self) -> None:
         """Make the module FP32 again, with the values of the masters, and let go of it. Gradients are dropped."""
         for handle in self._handles:

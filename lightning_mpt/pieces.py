@@ -14,17 +14,19 @@ PIECES_PER_MODEL_AND_ROW = 16
 parameters, under 5 % of the smallest state."""
 
 
-def piece_length(tensors: Sequence[Tensor], rows: int = 2, multiple: int = 1) -> int:
+def piece_length(tensors: Sequence[Tensor], rows: int = 2, multiple: int = 1, *, model_numel: int = 0) -> int:
     """Elements to work on at once: what stays in the cache, and is little beside the model.
 
     Args:
         tensors: all that is to be worked on.
         rows: how many float32 tensors of that length the work needs.
         multiple: what the length must be a whole multiple of.
+        model_numel: how many parameters the model has, where `tensors` may be a part of it.
     """
     total = sum(tensor.numel() for tensor in tensors)
+    model_numel = max(model_numel, total)
     bound = LARGEST_PIECE.get(tensors[0].device.type, DEFAULT_PIECE) * 2 // rows
-    length = max(1, min(bound, max(SMALLEST_PIECE, total // (PIECES_PER_MODEL_AND_ROW * rows)), total))
+    length = max(1, min(bound, max(SMALLEST_PIECE, model_numel // (PIECES_PER_MODEL_AND_ROW * rows)), total))
     return -(-length // multiple) * multiple
 
 

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Adam, AdamW, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from typing_extensions import override
@@ -33,6 +34,7 @@ from .masters import MasterWeights
 from .numerics import FP32Losses, default_dtype, fp32_sums
 from .optimizer import MasterAdamW
 from .release import GradientRelease, check_loop
+from .replicas import share_masters
 from .schedules import HeldSchedules
 from .skips import SkippedSteps
 from .storage import master_storage, moment_storage
@@ -109,6 +111,7 @@ class MasterWeightPrecision(Precision):
         self._autocast = autocast
         self._masters = MasterWeights()
         self._converted: ConvertedModule | None = None
+        self._replicas: DistributedDataParallel | None = None
         self._adopted: list[MasterAdamW | BridgedOptimizer] = []
         self._schedules = HeldSchedules()
         self._skips = SkippedSteps(self.loss_scale, self._on_skip)
@@ -180,6 +183,9 @@ class MasterWeightPrecision(Precision):
         device = torch.device("cpu") if parameter is None else parameter.device
         self._device_type = device.type
         self._loss_scale.to(device)
+        if isinstance(model, DistributedDataParallel):
+            self._replicas = model
+            share_masters(model, self._converted.parameters, self._masters)
         self._skips.begin(self.loss_scale)
         for optimizer in optimizers:
             self._refuse(optimizer)
@@ -215,6 +221,7 @@ class MasterWeightPrecision(Precision):
             if trainer is not None and self._metrics in trainer.callbacks:
                 trainer.callbacks.remove(self._metrics)
         self._adopted = []
+        self._replicas = None
         self._clips.clear()
         watch, self._watch = self._watch, None
         self._skips.learn(wait=True)
@@ -234,6 +241,11 @@ class MasterWeightPrecision(Precision):
             raise TypeError(f"{name} is not a torch.optim.Optimizer; masters are kept for one's parameters: use one.")
 
     def _released(self, module: nn.Module) -> GradientRelease:
+        if self._replicas is not None:
+            raise ValueError(
+                "gradient_release=True cannot be with DistributedDataParallel, which reduces gradients over the ranks "
+                "after they would have been used: leave it out, or train on one device."
+            )
         if isinstance(module, pl.LightningModule):
             check_loop(
                 automatic=module.automatic_optimization,
@@ -277,7 +289,10 @@ class MasterWeightPrecision(Precision):
     @override
     def pre_backward(self, tensor: Tensor, module: "pl.LightningModule") -> Tensor:  # type: ignore[override]
         assert self._converted is not None
-        self._converted.widen_gradients()
+        if self._replicas is not None and self._replicas.require_backward_grad_sync:
+            self._converted.narrow_gradients()
+        else:
+            self._converted.widen_gradients()
         if self._watch is not None:
             self._watch.loss = tensor.detach()
         # FP32 first: a scale of 2**16 is inf in float16.

@@ -115,9 +115,7 @@ class CPUSource:
         if quiet:
             os.environ["KINETO_LOG_LEVEL"] = "99"
         try:
-            profile = torch.profiler.profile(
-                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-            )
+            profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
             profile.start()
         finally:
             if quiet:

@@ -85,7 +85,7 @@ def test_so_it_does_where_one_of_two_optimizers_only_skips() -> None:
     plugin = MasterWeightPrecision("bf16-true")
     plugin.warn_after_skips, plugin.error_after_skips = None, 5
     module = Two(net(nn.Identity()), configure)
-    with pytest.raises(RuntimeError, match="5 steps in a row were skipped.*The loss is nan already"):
+    with pytest.raises(RuntimeError, match=r"5 steps in a row were skipped.*The loss is nan already"):
         fit(module, classification(9), plugin)
     assert len(module.losses) == 5 + 4
 

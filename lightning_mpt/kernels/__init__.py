@@ -40,8 +40,11 @@ class Kernel(Protocol):
         ...
 
 
-def kernel_for(device: torch.device) -> Kernel:
-    """The kernel for tensors on `device`: Triton's on CUDA, and on a CPU where TRITON_INTERPRET=1 asks for it."""
+def kernel_for(device: torch.device, model_numel: int = 0) -> Kernel:
+    """The kernel for tensors on `device`: Triton's on CUDA, and on a CPU where TRITON_INTERPRET=1 asks for it.
+
+    `model_numel` is how many parameters there are on the device.
+    """
     if device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         try:
             from .triton import TritonKernel
@@ -55,4 +58,4 @@ def kernel_for(device: torch.device) -> Kernel:
             )
         else:
             return TritonKernel()
-    return ReferenceKernel()
+    return ReferenceKernel(model_numel)

@@ -31,9 +31,15 @@ from .slots import GradientTransform, Slot
 
 
 class ReferenceKernel:
-    """The update in plain torch, for one optimizer's tensors on one device."""
+    """The update in plain torch, for one optimizer's tensors on one device.
 
-    def __init__(self) -> None:
+    Args:
+        model_numel: how many parameters the optimizer has there. Its scratch is little beside these, also where groups
+            or single parameters are updated one by one.
+    """
+
+    def __init__(self, model_numel: int = 0) -> None:
+        self._model_numel = model_numel
         self._packs: dict[Hashable, tuple[list[Pack], Sequence[Slot]]] = {}
         """Kept from step to step, with the slots whose ids are in the key, so that these stay theirs."""
 
@@ -100,7 +106,7 @@ class ReferenceKernel:
         ]
         moment_rows = 0 if moments.exact else 2 + (slots[0].max_exp_avg_sq is not None)
         rows = 2 + lossy + moment_rows + max(0, moments.scratch_rows - 2)
-        length = piece_length(weights, rows, moments.block)
+        length = piece_length(weights, rows, moments.block, model_numel=self._model_numel)
         scratch = list(torch.empty(rows, length, dtype=torch.float32, device=weights[0].device))
         dither = ramp(length, weights[0].device) if lossy else None
         for pack in self._packs_of(slots, weights, flat_gradients, length, moments.block):
