@@ -1,7 +1,6 @@
 """What every optimizer over master weights can do, whatever its rule: `MasterAdamW` and the bridge build on it."""
 
 from collections.abc import Iterator
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch.optim import Optimizer
 from .kernels import Kernel, kernel_for
 from .kernels.slots import GradientTransform
 from .masters import MasterWeights
+from .shards import Layout, layout, local, over_all_shards
 
 
 class MasterOptimizer(Optimizer):
@@ -54,20 +54,29 @@ class MasterOptimizer(Optimizer):
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         for gradient in gradients:
             refuse_sparse(gradient)
+        alike: dict[tuple[torch.device, Layout | None], list[Tensor]] = {}
+        for gradient in gradients:
+            alike.setdefault((gradient.device, layout(gradient)), []).append(local(gradient))
         found: list[Tensor] = []
         norms: list[Tensor] = []
-        for _, on_device in groupby(sorted(gradients, key=device_name), key=device_name):
-            same_device = list(on_device)
-            found_inf, part = self._kernel(same_device[0].device).scan_gradients(same_device, norm=norm)
+        for (device, spread), held in alike.items():
+            found_inf, part = self._scan(device, held, norm=norm)
+            found_inf, part = over_all_shards(spread, found_inf, part)
             found.append(found_inf)
             norms += [] if part is None else [part]
         if not found:
-            device = next(self.parameters()).device
-            zero = torch.zeros((), dtype=torch.float32, device=device)
-            return zero, zero if norm else None
+            return self._scan(next(self.parameters()).device, [], norm=norm)
         device = gradients[0].device
         found_inf = torch.stack([one.to(device) for one in found]).amax()
         return found_inf, torch.linalg.vector_norm(torch.stack([one.to(device) for one in norms])) if norm else None
+
+    def _scan(self, device: torch.device, gradients: list[Tensor], *, norm: bool) -> tuple[Tensor, Tensor | None]:
+        """The same of what is here, on one device; there may be nothing."""
+        some = [gradient for gradient in gradients if gradient.numel()]
+        if some:
+            return self._kernel(device).scan_gradients(some, norm=norm)
+        zero = torch.zeros((), dtype=torch.float32, device=device)
+        return zero, zero if norm else None
 
     def memory_categories(self) -> Iterator[tuple[str, Tensor, Tensor | None]]:
         """For the memory profiler: which tensor beside the optimizer's state is what, and whose."""
@@ -85,7 +94,7 @@ class MasterOptimizer(Optimizer):
         """What does the work on a device. A kernel keeps tables between steps: each optimizer has its own."""
         kernels = self.__dict__.setdefault("_kernels", {})
         if device not in kernels:
-            numel = sum(parameter.numel() for parameter in self.parameters() if parameter.device == device)
+            numel = sum(local(parameter).numel() for parameter in self.parameters() if parameter.device == device)
             kernels[device] = kernel_for(device, numel)
         kernel: Kernel = kernels[device]
         return kernel

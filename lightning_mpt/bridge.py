@@ -20,6 +20,7 @@ from .base import MasterOptimizer
 from .kernels.gradients import true_gradient
 from .masters import MasterWeights
 from .pieces import dense, flat
+from .shards import local, replace, sharded_like
 from .storage import HALF_DTYPES, master_storage
 
 STORAGE = master_storage("float32")
@@ -88,9 +89,11 @@ class BridgedOptimizer(MasterOptimizer):
         stored = self.masters.claim(parameter, STORAGE)
         master = self._masters_of.get(parameter)
         if master is None:
-            master = self._masters_of[parameter] = torch.nn.Parameter(stored)
-        elif master.data_ptr() != stored.data_ptr():
-            master.data = stored  # made anew, from a half weight that someone else had written
+            master = self._masters_of[parameter] = torch.nn.Parameter(sharded_like(stored, parameter))
+        elif local(master).data_ptr() != stored.data_ptr():
+            replace(
+                master, sharded_like(stored, parameter)
+            )  # made anew, from a half weight that someone else had written
         return master
 
     @contextmanager
@@ -120,11 +123,12 @@ class BridgedOptimizer(MasterOptimizer):
         scaled = {parameter: parameter.grad for parameter in self._masters_of if parameter.grad is not None}
         try:
             for parameter, gradient in scaled.items():
-                gradient = dense(gradient)
+                gradient = dense(local(gradient))
                 out = torch.empty_like(gradient, dtype=torch.float32)
                 transform = self._gradient_transform(gradient.device)
                 true = true_gradient(flat(gradient), transform, flat(out))
-                self._masters_of[parameter].grad = true.as_strided(gradient.shape, gradient.stride())
+                true = true.as_strided(gradient.shape, gradient.stride())
+                self._masters_of[parameter].grad = sharded_like(true, parameter)
             yield
         finally:
             for parameter in scaled:

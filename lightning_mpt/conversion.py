@@ -20,6 +20,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._pytree import tree_map
 
 from .masters import MasterWeights
+from .shards import any_sharded, local, replace, share
 from .storage import HALF_DTYPES, master_storage
 
 RUNNING_NORMS = (_BatchNorm, _InstanceNorm)
@@ -37,6 +38,8 @@ class ConvertedModule:
 
     Attributes:
         was_half: names of parameters that were half already; their masters start from those values.
+        loaded_in_half: names of parameters for which `load_state_dict` was given nothing but their own half values, as
+            torch does where it loads a whole file into sharded parameters: `reload` has the rest.
 
     Raises:
         TypeError: a parameter is float64.
@@ -58,6 +61,7 @@ class ConvertedModule:
         """The FP32 value of every buffer that became half, on the host."""
         self._widened: set[nn.Parameter] = set()
         self._loading: dict[Tensor, Tensor] = {}
+        self.loaded_in_half: set[str] = set()
         self._decoded: dict[Tensor, tuple[int, weakref.ref[Tensor]]] = {}
         self._handles: list[Any] = []
         kept: set[nn.Module] = set()
@@ -97,6 +101,11 @@ class ConvertedModule:
                 part.register_load_state_dict_pre_hook(self._take_fp32),
                 part.register_load_state_dict_post_hook(self._write_fp32),
             ]
+        self._shards_changed()
+
+    def _shards_changed(self) -> None:
+        if any_sharded(list(self._parameters)):
+            self.module._apply(lambda tensor: tensor)  # FSDP2 then looks at its parameters anew
 
     @property
     def parameters(self) -> dict[nn.Parameter, str]:
@@ -138,7 +147,7 @@ class ConvertedModule:
         for parameter in self._parameters:
             value = self._masters.read(parameter).to(parameter.device)
             parameter.grad = None
-            parameter.data = value
+            replace(parameter, value)
             if parameter in self._widened:
                 parameter.grad_dtype = None  # any: the nearest there is to never having said it
             self._masters.drop(parameter)
@@ -147,6 +156,7 @@ class ConvertedModule:
             if now is not None and now.dtype in HALF_DTYPES:
                 part._buffers[name] = self._buffer_in_fp32(now, original)
         self._buffers, self._handles = {}, []
+        self._shards_changed()
 
     def _check(self) -> None:
         for part_name, part in self.module.named_modules():
@@ -165,9 +175,10 @@ class ConvertedModule:
                     f"{name} is {parameter.dtype}; master weights are FP32 and would lose its precision in silence: "
                     "convert the module with .float(), or train with precision='64-true'."
                 )
-            if parameter.numel() == 0 or not parameter.is_floating_point():
+            held = local(parameter).detach()
+            if held.numel() == 0 or not held.is_floating_point():
                 continue
-            lowest, highest = (bound.item() for bound in torch.aminmax(parameter.detach()))
+            lowest, highest = (bound.item() for bound in torch.aminmax(held))
             largest = max(abs(lowest), abs(highest))
             if not largest < float("inf"):  # NaN too
                 raise ValueError(f"{name} holds inf or NaN before the first step: start from finite weights.")
@@ -180,7 +191,7 @@ class ConvertedModule:
     def _convert(self, parameter: nn.Parameter) -> None:
         original = parameter.data.float()  # itself where it is FP32: nothing is copied
         parameter.grad = None
-        parameter.data = torch.empty_like(original, dtype=self._dtype)
+        replace(parameter, torch.empty_like(original, dtype=self._dtype))
         self._masters.write(parameter, original, PLAIN)
 
     def _convert_buffers(self, part: nn.Module) -> None:
@@ -224,7 +235,10 @@ class ConvertedModule:
         for name, parameter in part._parameters.items():
             value = state_dict.get(prefix + name)
             if parameter in self._parameters and isinstance(value, Tensor) and value.shape == parameter.shape:
-                self._loading[parameter] = value
+                if value is parameter:
+                    self.loaded_in_half.add(self._parameters[parameter])
+                else:
+                    self._loading[parameter] = value
 
     def _write_fp32(self, part: nn.Module, _: Any) -> None:
         """After torch has copied the loaded values into the half weights: give the masters all their bits."""
@@ -232,6 +246,14 @@ class ConvertedModule:
             if parameter is not None and parameter in self._loading:
                 value = self._loading.pop(parameter)
                 self._masters.write(parameter, value.to(parameter.device, torch.float32, copy=True))
+
+    def reload(self, state_dict: dict[str, Any]) -> None:
+        """Give the masters of what was loaded in half the FP32 values of that file: whole tensors, by their names."""
+        for parameter, name in self._parameters.items():
+            if name in self.loaded_in_half and name in state_dict:
+                value = share(state_dict[name].float(), parameter)
+                self._masters.write(parameter, value.to(parameter.device, copy=True), PLAIN)
+                self.loaded_in_half.discard(name)
 
     def _outputs_to_half(self, module: nn.Module, args: Any, output: Any) -> Any:
         return tree_map(lambda value: _cast(value, torch.float32, self._dtype), output)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .optimizer import MasterAdamW
+from .shards import local
 from .skips import SkippedSteps
 
 LOST_SHARE = 2.0**-25
@@ -136,7 +137,7 @@ def unhelpful_settings(module: nn.Module, optimizers: Iterable[object]) -> Itera
 
 def lost_weights(module: nn.Module) -> list[str]:
     """The names of parameters that hold inf or NaN. Waits for their device."""
-    return [name for name, parameter in module.named_parameters() if not _finite(parameter.detach())]
+    return [name for name, parameter in module.named_parameters() if not _finite(parameter)]
 
 
 def _broken(parameter: Tensor, released: Mapping[Tensor, Tensor] | None) -> bool:
@@ -147,13 +148,16 @@ def _broken(parameter: Tensor, released: Mapping[Tensor, Tensor] | None) -> bool
 
 
 def _finite(tensor: Tensor) -> bool:
-    if tensor.numel() == 0 or not tensor.is_floating_point():
+    """Whether all is finite; of a sharded tensor, all that this process holds: others may not be asking."""
+    held = local(tensor).detach()
+    if held.numel() == 0 or not held.is_floating_point():
         return True
-    return all(math.isfinite(bound.item()) for bound in torch.aminmax(tensor))  # makes no copy, and NaN is both
+    return all(math.isfinite(bound.item()) for bound in torch.aminmax(held))  # makes no copy, and NaN is both
 
 
 def _rms(tensor: Tensor) -> float:
-    return torch.linalg.vector_norm(tensor.detach(), dtype=torch.float32).item() / math.sqrt(max(1, tensor.numel()))
+    held = local(tensor).detach()
+    return torch.linalg.vector_norm(held, dtype=torch.float32).item() / math.sqrt(max(1, held.numel()))
 
 
 def _listed(names: Sequence[str], most: int = 10) -> str:

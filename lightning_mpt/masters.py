@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .pieces import dense, flat, ordered_like, piece_length, pieces
+from .shards import local, sharded_like, written
 from .storage import MasterStorage, round_to_half
 
 
@@ -24,7 +25,10 @@ class _Entry(NamedTuple):
 
 
 class MasterWeights:
-    """The masters of half parameters. A float32 parameter is its own master and needs none."""
+    """The masters of half parameters. A float32 parameter is its own master and needs none.
+
+    What stores a master is a plain tensor, of the shape of what this process holds of its parameter.
+    """
 
     def __init__(self) -> None:
         self._entries: dict[Tensor, _Entry] = {}
@@ -38,8 +42,9 @@ class MasterWeights:
         """
         if storage is None:
             storage = self._entries[parameter].storage
-        weight = dense(parameter)
-        value = ordered_like(value, weight)
+        held = local(parameter)
+        weight = dense(held)
+        value = ordered_like(local(value), weight)
         if storage.dtype == torch.float32:
             stored = value
             # The value may lie on the host while the parameter is on the device: it is rounded where it lies.
@@ -54,8 +59,9 @@ class MasterWeights:
             for part in pieces(weight.numel(), length):
                 piece = master[: part.stop - part.start].copy_(flat(value)[part])
                 storage.encode(piece, flat(weight)[part], flat(stored)[part], scratch[: len(piece)])
-        if weight is not parameter:
-            parameter.copy_(weight)
+        if weight is not held:
+            held.copy_(weight)
+        written(parameter)
         self._entries[parameter] = _Entry(storage, stored, parameter._version)
 
     @torch.no_grad()
@@ -66,13 +72,14 @@ class MasterWeights:
         """
         entry = self._current(parameter)
         if entry is None:
-            stored = storage.of_half(parameter.detach())
+            held = local(parameter).detach()
+            stored = storage.of_half(held)
             self._entries[parameter] = _Entry(storage, stored, parameter._version)
             return stored
         if entry.storage.name != storage.name or entry.stored.device != parameter.device:
             self.write(parameter, self.read(parameter).to(parameter.device), storage)
             return self._entries[parameter].stored
-        stored = ordered_like(entry.stored, dense(parameter.detach()))
+        stored = ordered_like(entry.stored, dense(local(parameter).detach()))
         if stored is not entry.stored:  # the parameter's memory format was changed
             self._entries[parameter] = entry._replace(stored=stored)
         return stored
@@ -84,16 +91,18 @@ class MasterWeights:
 
     def stepped(self, parameter: Tensor) -> None:
         """The parameter as it is now is its master's rounding: their owner has updated both."""
+        written(parameter)
         entry = self._entries[parameter]
         self._entries[parameter] = entry._replace(version=parameter._version)
 
     @torch.no_grad()
     def publish(self, parameter: Tensor) -> None:
         """Round a master that is stored in FP32, and was updated there, into the half weight."""
-        weight = dense(parameter)
+        held = local(parameter)
+        weight = dense(held)
         _round(ordered_like(self._entries[parameter].stored, weight), weight)
-        if weight is not parameter:
-            parameter.copy_(weight)
+        if weight is not held:
+            held.copy_(weight)
         self.stepped(parameter)
 
     @torch.no_grad()
@@ -110,9 +119,9 @@ class MasterWeights:
             return parameter.detach().float()
         storage, stored, _ = entry
         if storage.dtype == torch.float32:
-            return stored
+            return sharded_like(stored, parameter)
         # Teardown moves parameters to the host before it asks; the result is made where the parameter is.
-        weight = dense(parameter.detach())
+        weight = dense(local(parameter).detach())
         stored = ordered_like(stored.to(parameter.device), weight)
         value = torch.empty_like(weight, dtype=torch.float32)
         length = piece_length([weight])
@@ -120,7 +129,7 @@ class MasterWeights:
         for part in pieces(weight.numel(), length):
             out = flat(value)[part]
             storage.decode(flat(weight)[part], flat(stored)[part], out, scratch[: len(out)])
-        return value
+        return sharded_like(value, parameter)
 
     def drop(self, parameter: Tensor) -> None:
         """Forget the parameter's master."""
@@ -141,7 +150,7 @@ class MasterWeights:
             # Some writes change nothing: cuDNN's flattening of RNN weights, a broadcast of equal weights.
             half = torch.empty_like(entry.stored, dtype=parameter.dtype)
             _round(entry.stored, half)
-            if torch.equal(half.to(parameter.device), parameter.detach()):
+            if torch.equal(half.to(parameter.device), local(parameter).detach()):
                 self.stepped(parameter)
                 return self._entries[parameter]
         del self._entries[parameter]

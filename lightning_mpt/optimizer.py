@@ -19,6 +19,7 @@ from .base import MasterOptimizer, device_name, refuse_sparse
 from .kernels.slots import Slot
 from .masters import MasterWeights
 from .pieces import dense
+from .shards import local, sharded_like
 from .state import MOMENTS, check_saved, checked_state, moment, new_state, to_fp32
 from .storage import HALF_DTYPES, MasterStorage, MomentStorage, master_storage, moment_storage
 
@@ -105,7 +106,7 @@ class MasterAdamW(MasterOptimizer, AdamW):
     def release(self) -> None:
         """Be the optimizer again that was adopted."""
         for parameter, state in self.state.items():
-            self.state[parameter] = to_fp32(state, self.moments)
+            self.state[parameter] = self._state_outside(parameter, state)
         for name in ("_kernels", "_slots"):
             self.__dict__.pop(name, None)
         self.__class__ = self.__dict__.pop("_adopted_class")
@@ -182,7 +183,7 @@ class MasterAdamW(MasterOptimizer, AdamW):
         lr = group["lr"]
         self._kernel(device).adamw_(
             slots,
-            [parameter.grad for parameter in parameters if parameter.grad is not None],
+            [local(parameter.grad) for parameter in parameters if parameter.grad is not None],
             self.storage,
             self.moments,
             self._gradient_transform(device),
@@ -215,8 +216,8 @@ class MasterAdamW(MasterOptimizer, AdamW):
         """Whether a slot of an earlier step is still what `_new_slot` would make."""
         state = self.state.get(parameter, {})
         return (
-            slot.weight.data_ptr() == parameter.data_ptr()
-            and slot.weight.stride() == parameter.stride()
+            slot.weight.data_ptr() == local(parameter).data_ptr()
+            and slot.weight.stride() == local(parameter).stride()
             and (slot.master is None or self.masters.holds(parameter, slot.master))
             and state.get("step") is slot.step
             and state.get("exp_avg") is slot.exp_avg.codes
@@ -227,14 +228,15 @@ class MasterAdamW(MasterOptimizer, AdamW):
 
     def _new_slot(self, parameter: Tensor, amsgrad: bool) -> Slot:
         state = self.state[parameter]
-        weight = dense(parameter.detach())
+        held = local(parameter).detach()
+        weight = dense(held)
         if not state:
             state.update(new_state(parameter, weight, self.moments, amsgrad=amsgrad))
         exp_avg, exp_avg_sq, *maximum = (
             moment(state, name, weight, self.moments) for name in (MOMENTS if amsgrad else MOMENTS[:2])
         )
         return Slot(
-            weight=parameter.detach(),
+            weight=held,
             master=self.masters.claim(parameter, self.storage) if parameter.dtype in HALF_DTYPES else None,
             exp_avg=exp_avg,
             exp_avg_sq=exp_avg_sq,
@@ -269,15 +271,21 @@ class MasterAdamW(MasterOptimizer, AdamW):
         """What AdamW would save; and, used without the plugin, each master (float32) as `"master"`."""
         state_dict = super().state_dict()
         # The packed entries are the live ones: new ones are made here.
+        parameters = dict(enumerate(self.parameters()))
         state = state_dict["state"] = {
-            index: to_fp32(entry, self.moments) if isinstance(entry, dict) else entry
+            index: self._state_outside(parameters[index], entry) if isinstance(entry, dict) else entry
             for index, entry in state_dict["state"].items()
         }
         if not self.masters_in_module:
-            for index, parameter in enumerate(self.parameters()):
+            for index, parameter in parameters.items():
                 if parameter.dtype in HALF_DTYPES:
                     state[index] = {**state.get(index, {}), "master": self.masters.read(parameter)}
         return state_dict
+
+    def _state_outside(self, parameter: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+        """A parameter's state as AdamW would hold it: FP32, and sharded as the parameter is."""
+        fp32 = to_fp32(state, self.moments)
+        return {name: sharded_like(value, parameter) if name in MOMENTS else value for name, value in fp32.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -306,12 +314,12 @@ class MasterAdamW(MasterOptimizer, AdamW):
                 parameter.copy_(master)
             if state:
                 self.state[parameter] = {
-                    name: torch.as_tensor(value, dtype=torch.float32).to(parameter.device, copy=True)
+                    name: local(torch.as_tensor(value, dtype=torch.float32)).to(parameter.device, copy=True)
                     for name, value in state.items()
                 }
                 for name in MOMENTS:  # encoded one by one, so that FP32 copies of all are never there together
                     if name in state:
-                        moment(self.state[parameter], name, dense(parameter.detach()), self.moments)
+                        moment(self.state[parameter], name, dense(local(parameter).detach()), self.moments)
 
     def __getstate__(self) -> dict[str, Any]:
         mine = {name: self.__dict__[name] for name in ("storage", "moments", "masters")}

@@ -10,6 +10,7 @@ teardown         the module is FP32 again, and everything global is what it was
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -36,10 +37,13 @@ from .optimizer import MasterAdamW
 from .release import GradientRelease, check_loop
 from .replicas import share_masters
 from .schedules import HeldSchedules
+from .shards import any_sharded
 from .skips import SkippedSteps
 from .storage import master_storage, moment_storage
 
 DTYPES = {"16-true": torch.float16, "bf16-true": torch.bfloat16}
+OWN_MASTERS = ("DeepSpeedStrategy",)
+"""Strategies that do what this plugin does. Lightning's FSDPStrategy refuses every precision plugin but its own."""
 
 
 class MasterWeightPrecision(Precision):
@@ -115,7 +119,7 @@ class MasterWeightPrecision(Precision):
         self._adopted: list[MasterAdamW | BridgedOptimizer] = []
         self._schedules = HeldSchedules()
         self._skips = SkippedSteps(self.loss_scale, self._on_skip)
-        self._metrics = _LogMetrics(self._skips)
+        self._metrics = _InTrainer(self)
         self._clips: dict[Optimizer, tuple[GradClipAlgorithmType, float]] = {}
         self._grad_norm: Tensor | None = None
         self._watch: Watch | None = None
@@ -164,6 +168,12 @@ class MasterWeightPrecision(Precision):
             raise RuntimeError(
                 "This MasterWeightPrecision is in use by another Trainer, and keeps that one's masters: "
                 "give every Trainer its own."
+            )
+        strategy = type(getattr(getattr(module, "_trainer", None), "strategy", None)).__name__
+        if strategy in OWN_MASTERS:
+            raise ValueError(
+                f"{strategy} keeps FP32 masters and scales the loss by itself: use precision='16-mixed' or "
+                "'bf16-mixed' with it, or this plugin with strategy='ddp' or ModelParallelStrategy (FSDP2)."
             )
         self._converted = ConvertedModule(module, self._dtype, self._masters, self._fp32_modules)
         if self._converted.was_half:
@@ -241,10 +251,10 @@ class MasterWeightPrecision(Precision):
             raise TypeError(f"{name} is not a torch.optim.Optimizer; masters are kept for one's parameters: use one.")
 
     def _released(self, module: nn.Module) -> GradientRelease:
-        if self._replicas is not None:
+        if self._replicas is not None or any_sharded(list(module.parameters())):
             raise ValueError(
-                "gradient_release=True cannot be with DistributedDataParallel, which reduces gradients over the ranks "
-                "after they would have been used: leave it out, or train on one device."
+                "gradient_release=True cannot be with DistributedDataParallel or fully_shard: whether a gradient is "
+                "finite is known only once it is reduced over the ranks. Leave it out, or train on one device."
             )
         if isinstance(module, pl.LightningModule):
             check_loop(
@@ -254,6 +264,19 @@ class MasterWeightPrecision(Precision):
                 algorithm=module.trainer.gradient_clip_algorithm,
             )
         return GradientRelease(self._adopted)
+
+    def reload_masters(self, checkpoint: str | Path | None) -> None:
+        """Where torch has loaded a file into half parameters alone, give the masters the FP32 values that it holds."""
+        assert self._converted is not None
+        if self._converted.loaded_in_half and checkpoint is not None and Path(checkpoint).is_file():
+            file = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
+            self._converted.reload(file["state_dict"])
+        if self._converted.loaded_in_half:
+            rank_zero_warn(
+                f"{len(self._converted.loaded_in_half)} parameters were loaded in half precision: their masters start "
+                "from the half values. Load a checkpoint that was saved with save_distributed_checkpoint=True."
+            )
+            self._converted.loaded_in_half.clear()
 
     def _attach(self, module: nn.Module, lr_schedulers: list[Any]) -> None:
         """Metrics, and schedules that wait for skipped steps: what needs the module's Trainer."""
@@ -397,16 +420,24 @@ class MasterWeightPrecision(Precision):
             self._skips.scale = self.loss_scale
 
 
-class _LogMetrics(Callback):
-    """`mpt/loss_scale` and `mpt/skipped_steps`, to the Trainer's logger and its progress bar."""
+class _InTrainer(Callback):
+    """What must be done between the Trainer's own doings.
 
-    def __init__(self, skips: SkippedSteps) -> None:
-        self._skips = skips
+    `mpt/loss_scale` and `mpt/skipped_steps` go to its logger and its progress bar.
+    """
+
+    def __init__(self, plugin: MasterWeightPrecision) -> None:
+        self._plugin = plugin
+
+    @override
+    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._plugin.reload_masters(trainer.ckpt_path)
 
     @override
     def on_train_batch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *_: Any) -> None:
         # What the host knows by now, as tensors on the CPU: logging them waits for nothing.
-        for name, value in (("mpt/loss_scale", self._skips.scale), ("mpt/skipped_steps", self._skips.total)):
+        skips = self._plugin._skips
+        for name, value in (("mpt/loss_scale", skips.scale), ("mpt/skipped_steps", skips.total)):
             pl_module.log(name, torch.tensor(float(value)), on_step=True, on_epoch=False, prog_bar=True)
 
 

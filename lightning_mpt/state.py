@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .pieces import flat, ordered_like, piece_length, pieces
+from .shards import local
 from .storage import Moment, MomentStorage, zeros
 from .storage.moments import blocks
 
@@ -29,11 +30,11 @@ def moment(state: dict[str, Any], name: str, weight: Tensor, storage: MomentStor
 
     A state may hold FP32 moments of a file, or be ordered like a weight that has since changed its memory format.
     """
-    stored = Moment(state[name], state.get(name + SCALE))
+    stored = Moment(local(state[name]), state.get(name + SCALE))
     is_stored = stored.codes.dtype == storage.dtype(signed=_signed(name)) and (stored.scales is None) == (
         storage.block == 1
     )
-    if is_stored and ordered_like(stored.codes, weight) is stored.codes:
+    if is_stored and stored.codes is state[name] and ordered_like(stored.codes, weight) is stored.codes:
         return stored
     value = decoded(stored, name, storage) if is_stored else stored.codes
     stored = encoded(ordered_like(value, weight), name, storage)

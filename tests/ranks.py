@@ -1,4 +1,6 @@
-"""Two processes that train together over gloo: what each runs, and how a test starts them.
+"""Two processes that train together: what each runs, and how a test starts them.
+
+Over gloo on the CPU, or, with MPT_TEST_ACCELERATOR=cuda, over NCCL on two GPUs.
 
 A test calls `run("module:function", folder)`. Each process imports the function, calls it with its rank and the folder,
 and what it returns comes back, by rank.
@@ -16,6 +18,12 @@ import torch
 
 TESTS = Path(__file__).parent
 TIMEOUT_S = 300
+TWO: dict[str, Any] = {
+    "accelerator": os.environ.get("MPT_TEST_ACCELERATOR", "cpu"),
+    "devices": 2,
+    "use_distributed_sampler": False,
+}
+"""What every Trainer of two ranks is told."""
 
 
 def run(target: str, folder: Path, ranks: int = 2) -> list[Any]:
@@ -47,7 +55,7 @@ def run(target: str, folder: Path, ranks: int = 2) -> list[Any]:
             log.close()
     for rank, code in enumerate(codes):
         assert code == 0, f"rank {rank} ended with status {code}:\n" + (folder / f"rank{rank}.log").read_text()[-3000:]
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(ranks)]
+    return [torch.load(folder / f"rank{rank}.pt", map_location="cpu", weights_only=True) for rank in range(ranks)]
 
 
 def main(target: str, folder: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from ranks import TWO
 from torch import Tensor, nn
 from training import Classifier, adamw, classification, loader, mlp, trainer
 
@@ -49,7 +50,7 @@ def net(rank: int) -> nn.Module:
 
 def train(rank: int, plugin: MasterWeightPrecision | None, module: Classifier, **options: Any) -> dict[str, Any]:
     """Train under DDP. The state of the module, inside `fit` FP32 masters, is what comes back."""
-    ours = trainer(plugin, strategy="ddp", devices=2, use_distributed_sampler=False, **options)
+    ours = trainer(plugin, strategy="ddp", **TWO, **options)
     ours.fit(module, loader(batches_of(rank, options.get("accumulate_grad_batches", 1) * STEPS)))
     skipped = plugin.skipped_steps if plugin else 0
     scale = plugin.loss_scale if plugin else 1.0
@@ -87,7 +88,7 @@ def resumed(rank: int, folder: Path) -> dict[str, Any]:
     def start(epochs: int, ckpt_path: str | None) -> tuple[Any, Classifier]:
         module = Classifier(net(rank), adamw(1e-2))
         plugin = MasterWeightPrecision("16-true", loss_scale=DynamicLossScale(2.0**8, growth_interval=4))
-        ours = trainer(plugin, strategy="ddp", devices=2, use_distributed_sampler=False, max_epochs=epochs)
+        ours = trainer(plugin, strategy="ddp", **TWO, max_epochs=epochs)
         ours.fit(module, loader(batches_of(rank)), ckpt_path=ckpt_path, weights_only=True)
         return ours, module
 

@@ -4,8 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 from ranks import run
 from torch import Tensor
+from training import Classifier, classification, loader, mlp, trainer
+
+from lightning_mpt import MasterWeightPrecision
 
 DISTANCE = {"bf16-true": 0.12, "16-true": 0.06}
 """Of the way that FP32 training has gone under the same strategy: worst seen 0.08 and 0.03."""
@@ -59,3 +63,15 @@ def test_a_run_resumes_bit_for_bit(ranks: list[dict[str, Any]]) -> None:
 def test_gradient_release_is_refused_with_the_reason(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert "DistributedDataParallel" in rank["released"]
+
+
+def test_strategies_with_masters_of_their_own_are_refused_with_what_to_use() -> None:
+    class DeepSpeedStrategy(SingleDeviceStrategy):  # the real one needs its package
+        pass
+
+    module = Classifier(mlp())
+    strategy = DeepSpeedStrategy(device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"DeepSpeedStrategy keeps FP32 masters.*ModelParallelStrategy"):
+        trainer(MasterWeightPrecision("bf16-true"), strategy=strategy).fit(module, loader(classification(1)))
+    with pytest.raises(TypeError, match=r"FSDPPrecision.*MasterWeightPrecision"):
+        FSDPStrategy().precision_plugin = MasterWeightPrecision("bf16-true")

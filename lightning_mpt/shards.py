@@ -1,0 +1,96 @@
+"""Parameters that are sharded over processes (DTensors: FSDP2's `fully_shard`, tensor parallelism).
+
+Every element's update needs that element alone, so all arithmetic and all storage is on what this process holds, and
+only what is told of *all* gradients goes over the wire: whether one is not finite, and their norm. Seen from outside,
+masters and optimizer state are DTensors again, laid out as their parameter.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Layout(NamedTuple):
+    """How a tensor is spread: a device mesh and a placement for each of its dimensions."""
+
+    mesh: Any
+    placements: tuple[Any, ...]
+
+
+def layout(tensor: Tensor) -> Layout | None:
+    """A DTensor's layout, None of any other tensor."""
+    mesh = getattr(tensor, "device_mesh", None)
+    return None if mesh is None else Layout(mesh, tuple(tensor.placements))  # type: ignore[attr-defined]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, sharing its memory: all of it unless it is a DTensor."""
+    if layout(tensor) is None:
+        return tensor
+    with torch.no_grad():
+        held: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return held
+
+
+def sharded_like(value: Tensor, pattern: Tensor) -> Tensor:
+    """`value`, of the shape of what this process holds of `pattern`, as the DTensor that it is a part of."""
+    spread = layout(pattern)
+    if spread is None:
+        return value
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(value, *spread, run_check=False, shape=pattern.shape, stride=pattern.stride())
+
+
+def share(value: Tensor, pattern: Tensor) -> Tensor:
+    """What this process is to hold of `value`, which is whole here and of the shape of `pattern`."""
+    spread = layout(pattern)
+    if spread is None:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return local(distribute_tensor(value.to(pattern.device), *spread, src_data_rank=None))
+
+
+def written(parameter: Tensor) -> None:
+    """Let a DTensor's version count a write to what this process holds of it; that of any other tensor does already."""
+    if layout(parameter) is not None:
+        torch.autograd.graph.increment_version(parameter)
+
+
+def replace(parameter: Tensor, value: Tensor) -> None:
+    """Give a parameter other values, perhaps of another dtype; it stays the same object."""
+    if layout(parameter) is None:
+        parameter.data = value
+    else:  # `data` would change what torch knows of a DTensor, not what it holds
+        torch.utils.swap_tensors(parameter, nn.Parameter(value, parameter.requires_grad))
+
+
+def over_all_shards(spread: Layout | None, found_inf: Tensor, norm: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What was found among the gradients of one layout in this process, over all processes.
+
+    Args:
+        spread: the gradients' layout. None: nothing is to do.
+        found_inf: float32, no dimensions; 1 if an element is not finite.
+        norm: the Euclidean norm, the same, or None.
+
+    Returns:
+        Both over all elements. Every process of the mesh must call this.
+    """
+    if spread is None:
+        return found_inf, norm
+    found_inf = found_inf.clone()
+    squares = None if norm is None else norm.square()
+    for dimension, placement in enumerate(spread.placements):
+        group = spread.mesh.get_group(dimension)
+        torch.distributed.all_reduce(found_inf, torch.distributed.ReduceOp.MAX, group)
+        if squares is not None and not placement.is_replicate():
+            torch.distributed.all_reduce(squares, group=group)
+    return found_inf, None if squares is None else squares.sqrt()
+
+
+def any_sharded(tensors: Sequence[Tensor]) -> bool:
+    """Whether one of them is a DTensor."""
+    return any(layout(tensor) is not None for tensor in tensors)

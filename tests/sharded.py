@@ -1,0 +1,121 @@
+"""What each of two ranks does in `test_fsdp2.py`: several small trainings whose parameters are sharded over both."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from ranks import TWO
+from replicas import PerRank, batches_of, net
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from training import Configure, adamw, loader, trainer
+
+from lightning_mpt import DynamicLossScale, MasterWeightPrecision
+
+
+class Sharded(PerRank):
+    """Each layer's parameters are sharded; what is needed is there in `seen`, whole."""
+
+    def __init__(self, network: nn.Module, configure: Configure | None = None, **options: Any) -> None:
+        super().__init__(network, configure=configure or adamw(), **options)
+        self.inside: dict[str, Any] = {}
+
+    def configure_model(self) -> None:
+        if any(isinstance(parameter, DTensor) for parameter in self.net.parameters()):
+            return
+        mesh = self.device_mesh["data_parallel"]
+        for layer in self.net:
+            if isinstance(layer, nn.Linear):
+                fully_shard(layer, mesh=mesh)
+        fully_shard(self.net, mesh=mesh)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.kept = self.net.state_dict()  # kept alive: must not be what a later step is saved as
+        self.seen.append(whole(next(self.net.parameters())))
+
+    def on_train_end(self) -> None:
+        optimizer = self.trainer.optimizers[0]
+        plugin = self.trainer.precision_plugin
+        if isinstance(plugin, MasterWeightPrecision):
+            self.inside["saved"] = {name: whole(value) for name, value in self.net.state_dict().items()}
+            masters = plugin.master_params(optimizer)
+            self.inside["masters"] = [whole(master) for master in masters]
+            self.inside["sharded"] = all(isinstance(master, DTensor) for master in masters)
+            self.inside["grad_norm"] = plugin.grad_norm
+        held = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+        self.inside["state_numel"] = sum(t.numel() for t in held if t.dim())
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+
+def train(
+    rank: int,
+    plugin: MasterWeightPrecision | None,
+    module: Sharded,
+    *,
+    ckpt_path: Path | None = None,
+    sharded_file: bool = False,
+    **options: Any,
+) -> tuple[Any, dict[str, Any]]:
+    steps = options.get("accumulate_grad_batches", 1) * 6
+    strategy = ModelParallelStrategy(
+        data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=sharded_file
+    )
+    ours = trainer(plugin, strategy=strategy, **TWO, **options)
+    ours.fit(module, loader(batches_of(rank, steps)), ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
+    return ours, {
+        "weights": {name: whole(value) for name, value in module.net.state_dict().items()},
+        "skipped": plugin.skipped_steps if plugin else 0,
+        "scale": plugin.loss_scale if plugin else 1.0,
+        "seen": module.seen,
+        **module.inside,
+    }
+
+
+def everything(rank: int, folder: Path) -> dict[str, Any]:
+    """All that `test_fsdp2.py` looks at."""
+    warnings.simplefilter("ignore")
+    results: dict[str, Any] = {}
+    for accumulated in (1, 4):
+        options: dict[str, Any] = {"accumulate_grad_batches": accumulated}
+        _, results[f"32-true, {accumulated}"] = train(rank, None, Sharded(net(0)), **options)
+        for precision in ("bf16-true", "16-true"):
+            plugin = MasterWeightPrecision(precision)
+            _, results[f"{precision}, {accumulated}"] = train(rank, plugin, Sharded(net(0)), **options)
+    plugin = MasterWeightPrecision("bf16-true")
+    _, results["clipped"] = train(rank, plugin, Sharded(net(0)), gradient_clip_val=0.1)
+    plugin = MasterWeightPrecision("bf16-true", master_weights="split8", optimizer_state="8bit")
+    _, results["compact"] = train(rank, plugin, Sharded(net(0)))
+    plugin = MasterWeightPrecision("16-true", loss_scale=DynamicLossScale(2.0**10))
+    _, results["poisoned"] = train(rank, plugin, Sharded(net(0), poisoned=2 if rank == 1 else None))
+    sgd = Sharded(net(0), lambda module: torch.optim.SGD(module.parameters(), 0.1, momentum=0.9))
+    _, results["sgd"] = train(rank, MasterWeightPrecision("16-true"), sgd)
+    try:
+        train(rank, MasterWeightPrecision("bf16-true", gradient_release=True), Sharded(net(0)))
+    except ValueError as refused:
+        results["released"] = str(refused)
+
+    # Saved by both ranks, gone on with by both; the file is for one rank too.
+    def plugin_for_resuming() -> MasterWeightPrecision:
+        return MasterWeightPrecision("16-true", loss_scale=DynamicLossScale(2.0**8, growth_interval=4))
+
+    options = {"max_epochs": 2}
+    for sharded_file in (False, True):
+        path = folder / ("sharded.ckpt" if sharded_file else "two-ranks.ckpt")
+        first, _ = train(rank, plugin_for_resuming(), Sharded(net(0)), sharded_file=sharded_file)
+        first.save_checkpoint(path)
+        torch.distributed.barrier()
+        module = Sharded(net(1))
+        _, stopped = train(rank, plugin_for_resuming(), module, ckpt_path=path, sharded_file=sharded_file, **options)
+        results[f"stopped, {'sharded' if sharded_file else 'whole'}"] = stopped
+    _, results["never stopped"] = train(rank, plugin_for_resuming(), Sharded(net(0)), **options)
+    one = folder / "one-rank.ckpt"
+    if one.exists():
+        _, results["from one rank"] = train(rank, plugin_for_resuming(), Sharded(net(1)), ckpt_path=one, **options)
+    return results
