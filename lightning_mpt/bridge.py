@@ -55,8 +55,17 @@ class BridgedOptimizer(MasterOptimizer):
             return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As the optimizer does it, into FP32. ValueError if its settings are another optimizer's."""
+        settings = [set(self.defaults) & set(group) for group in self.param_groups]
         with self._masters_in_groups():
             super().load_state_dict(state_dict)
+        # Only now: an optimizer may fill in what files of its older versions lack.
+        for index, group in enumerate(self.param_groups):
+            if missing := sorted(settings[index] - set(group)):
+                raise ValueError(
+                    f"The saved group {index} has {sorted(set(group) - {'params'})} and lacks {missing} of "
+                    f"{self._adopted_class.__name__}: load the state of the same optimizer."
+                )
 
     def memory_categories(self) -> Iterator[tuple[str, Tensor, Tensor | None]]:
         yield from super().memory_categories()

@@ -219,22 +219,23 @@ class ConvertedModule:
                     "clipped in the update: make it sparse=False."
                 )
         limit = torch.finfo(self._dtype).max
-        for parameter, name in self._parameters.items():
+        for name, parameter in self.module.named_parameters():
             if isinstance(parameter, nn.parameter.UninitializedParameter):
                 raise ValueError(f"{name} has no shape yet: run one batch through the lazy modules before training.")
-            if parameter.dtype not in (*HALF_DTYPES, torch.float32):
+            becomes_half = parameter in self._parameters
+            if becomes_half and parameter.dtype not in (*HALF_DTYPES, torch.float32):
                 raise TypeError(
                     f"{name} is {parameter.dtype}; master weights are FP32 and would lose its precision in silence: "
                     "convert the module with .float(), or train with precision='64-true'."
                 )
             held = local(parameter).detach()
-            if held.numel() == 0:
+            if held.numel() == 0 or not held.is_floating_point():
                 continue
             lowest, highest = (bound.item() for bound in torch.aminmax(held))
             largest = max(abs(lowest), abs(highest))
             if not largest < float("inf"):  # NaN too
                 raise ValueError(f"{name} holds inf or NaN before the first step: start from finite weights.")
-            if largest > limit:
+            if becomes_half and largest > limit:
                 raise ValueError(
                     f"{name} holds a weight of magnitude {largest:g}, beyond the {limit:g} of {self._dtype}: "
                     "use 'bf16-true', or rescale the weight."

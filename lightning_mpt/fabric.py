@@ -104,6 +104,7 @@ class FabricMasterWeightPrecision(MasterWeightPipeline, Precision):
     @override
     def convert_module(self, module: nn.Module) -> nn.Module:
         self._convert(module)
+        self._watch_over(module)
         for strategy in _strategies_with(self):
             if not isinstance(strategy, _MasterWeightStrategy):
                 own = type(strategy)

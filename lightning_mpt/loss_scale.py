@@ -163,14 +163,22 @@ class DynamicLossScale:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a saved scale and counters; what is not in `state_dict` (of a constant's file, say) stays."""
-        if "scale" in state_dict:
-            scale = state_dict["scale"]
-            positive = _is_number(scale) and 0 < scale < math.inf
-            _check(positive, "scale", scale, "must be a positive finite number", "1.0")
-            self._scale = torch.full_like(self._scale, scale)
-            self._growth_tracker = torch.full_like(self._growth_tracker, state_dict["growth_tracker"])
-            self._overflows_left = torch.full_like(self._overflows_left, state_dict["overflows_left"])
+        """Take over a saved scale and counters, without them from the beginning; without a scale (of a constant's file,
+        say) nothing.
+
+        Raises:
+            ValueError: a number is none, or outside its range; nothing has changed then.
+        """
+        if "scale" not in state_dict:
+            return
+        scale = state_dict["scale"]
+        _check(_is_number(scale) and 0 < scale < math.inf, "scale", scale, "must be a positive finite number", "1.0")
+        counters = {"growth_tracker": 0, "overflows_left": self.hysteresis, **state_dict}
+        for name in ("growth_tracker", "overflows_left"):
+            _check(isinstance(counters[name], int), name, counters[name], "must be a whole number", "0")
+        self._scale = torch.full_like(self._scale, max(scale, self.min_scale))
+        self._growth_tracker = torch.full_like(self._growth_tracker, counters["growth_tracker"])
+        self._overflows_left = torch.full_like(self._overflows_left, counters["overflows_left"])
 
     def __repr__(self) -> str:
         return (

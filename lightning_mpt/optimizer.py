@@ -20,7 +20,7 @@ from .kernels.slots import Slot
 from .masters import MasterWeights
 from .pieces import dense
 from .shards import local, sharded_like
-from .state import MOMENTS, checked_state, moment, new_state, to_fp32
+from .state import MOMENTS, check_saved, checked_state, moment, new_state, to_fp32
 from .storage import HALF_DTYPES, MasterStorage, MomentStorage, master_storage, moment_storage
 
 
@@ -295,12 +295,15 @@ class MasterAdamW(MasterOptimizer, AdamW):
             ValueError: groups or shapes do not fit, or a key is missing; nothing has changed then.
         """
         parameters = list(self.parameters())
+        check_saved(state_dict)
         # By position: the saved groups number the same parameters in the same order.
-        saved_ids = [saved_id for group in state_dict["param_groups"] for saved_id in group["params"]]
+        saved_ids = [(saved_id, group) for group in state_dict["param_groups"] for saved_id in group["params"]]
         loaded = {}
-        for parameter, saved_id in zip(parameters, saved_ids, strict=False):
+        for parameter, (saved_id, group) in zip(parameters, saved_ids, strict=False):
             if saved_id in state_dict["state"]:
-                loaded[parameter] = checked_state(state_dict["state"][saved_id], parameter, saved_id)
+                loaded[parameter] = checked_state(
+                    state_dict["state"][saved_id], parameter, saved_id, amsgrad=group.get("amsgrad", False)
+                )
         # Not torch's own way for the state: it would cast it to the parameters' half.
         super().load_state_dict({**state_dict, "state": {}})
         for parameter, state in loaded.items():

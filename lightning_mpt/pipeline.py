@@ -8,7 +8,7 @@ update           one look at the gradients, then unscale, clip and update in one
 let go           the module is FP32 again, and everything global is what it was
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -22,13 +22,13 @@ from torch.optim import Adam, AdamW, Optimizer
 from .base import Scan
 from .bridge import BridgedOptimizer, bridge
 from .conversion import ConvertedModule, module_types
+from .diagnosis import Watch
 from .loss_scale import ConstantLossScale, DynamicLossScale, make_loss_scale
 from .masters import MasterWeights
 from .numerics import FP32Losses, default_dtype, fp32_sums
 from .optimizer import MasterAdamW
 from .replicas import share_masters
 from .schedules import HeldSchedules
-from .shards import local
 from .skips import SkippedSteps
 from .storage import master_storage, moment_storage
 
@@ -81,10 +81,10 @@ class MasterWeightPipeline:
         """What is around a module where every rank has a copy of it."""
         self._adopted: list[MasterAdamW | BridgedOptimizer] = []
         self._schedules = HeldSchedules()
-        self._skips = SkippedSteps(self.loss_scale, self._schedules.skipped)
+        self._skips = SkippedSteps(self.loss_scale, self._on_skip)
         self._clips: dict[Optimizer, Clip] = {}
         self._grad_norm: Tensor | None = None
-        self._warned = False
+        self._watches: list[Watch] = []
         self._device_type = "cpu"
 
     def __repr__(self) -> str:
@@ -145,7 +145,7 @@ class MasterWeightPipeline:
         self._device_type = device.type
         self._loss_scale.to(device)
         self._gradients_scale = self._loss_scale.scale
-        self._skips.scale, self._skips.stuck = self.loss_scale, 0
+        self._skips.begin(self.loss_scale)
 
     def _join(self, model: nn.Module) -> None:
         """Start from the first rank's masters, where `model` is a converted module in DistributedDataParallel."""
@@ -175,7 +175,10 @@ class MasterWeightPipeline:
         for module in converted:
             module.restore()
         self._clips.clear()
+        watches, self._watches = self._watches, []
         self._skips.learn(wait=True)
+        for watch in watches:
+            watch.end()
 
     # -- forward ------------------------------------------------------------------------------------------------
 
@@ -198,6 +201,8 @@ class MasterWeightPipeline:
 
     def _scaled(self, loss: Tensor) -> Tensor:
         """The loss to run backward from."""
+        for watch in self._watches:
+            watch.loss = loss.detach()
         for converted in self._converted:
             replicas = self._replicas.get(converted)
             if replicas is not None and replicas.require_backward_grad_sync:
@@ -210,7 +215,12 @@ class MasterWeightPipeline:
         return loss.float() * self._gradients_scale
 
     def _update(
-        self, optimizer: MasterAdamW | BridgedOptimizer, clip: Clip | None, scan: Scan | None = None, **kwargs: Any
+        self,
+        optimizer: MasterAdamW | BridgedOptimizer,
+        clip: Clip | None,
+        scan: Scan | None = None,
+        released: Mapping[Tensor, Tensor] | None = None,
+        **kwargs: Any,
     ) -> None:
         """Unscale, clip and update in one pass, or skip the step; then the loss scale and the host learn how it went.
 
@@ -218,6 +228,7 @@ class MasterWeightPipeline:
             optimizer: one that was adopted.
             clip: how to clip, if at all.
             scan: what is known of the gradients, where they need no look.
+            released: where gradients are gone by now, what was found of each.
             kwargs: of the optimizer's `step`.
         """
         by_norm = clip is not None and clip.by_norm
@@ -240,44 +251,46 @@ class MasterWeightPipeline:
         self._loss_scale.update(found_inf)
         self._skips.record(found_inf, at_minimum, self._loss_scale.scale, optimizer)
         self._skips.learn()
-        self._complain_if_stuck()
+        for watch in self._watches:
+            watch.check(self._skips, self.warn_after_skips, self.error_after_skips, released)
 
-    def _complain_if_stuck(self) -> None:
-        """Many skipped steps in a row and no lower scale to try: training is going nowhere."""
-        stuck = self._skips.stuck
-        if stuck == 0:
-            self._warned = False
-        elif self.error_after_skips is not None and stuck >= self.error_after_skips:
-            raise RuntimeError(self._stuck_message())
-        elif self.warn_after_skips is not None and stuck >= self.warn_after_skips and not self._warned:
-            self._warned = True
-            rank_zero_warn(self._stuck_message())
+    def _watch_over(self, module: nn.Module) -> None:
+        """From now on say what goes wrong with the module's training."""
+        watch = Watch(module, self._dtype, rank_zero_warn)
+        watch.start(self._adopted)
+        self._watches.append(watch)
 
-    def _stuck_message(self) -> str:
-        broken = [
-            name
-            for converted in self._converted
-            for parameter, name in converted.parameters.items()
-            if parameter.grad is not None and not local(parameter.grad).isfinite().all()
-        ]
-        listed = ", ".join(broken[:10]) + (f" and {len(broken) - 10} more" if len(broken) > 10 else "")
-        return (
-            f"{self._skips.stuck} steps in a row were skipped: gradients are inf or NaN at loss scale "
-            f"{self.loss_scale:g}, which can fall no further. Not finite now: {listed or 'none'}. Look for inf or NaN "
-            "in the data and the loss, lower the learning rate, or train in 'bf16-true', whose range is FP32's."
-        )
+    def _on_skip(self, optimizer: Optimizer) -> None:
+        self._schedules.skipped(optimizer)
+        for watch in self._watches:
+            watch.skipped(self._skips.in_a_row)
 
     # -- the plugin's own state ---------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The loss scale and the number of skipped steps, as Python numbers."""
-        return {"loss_scale": self._loss_scale.state_dict(), "skipped_steps": self.skipped_steps}
+        """The loss scale, the number of skipped steps, and what schedules owe for them, as Python numbers."""
+        return {
+            "loss_scale": self._loss_scale.state_dict(),
+            "skipped_steps": self.skipped_steps,
+            "held_schedules": self._schedules.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
-        self._loss_scale.load_state_dict(state_dict["loss_scale"])
-        self._gradients_scale = self._loss_scale.scale
+        """Take over what `state_dict` gave. ValueError where something is missing."""
+        missing = [name for name in ("loss_scale", "skipped_steps") if name not in state_dict]
+        if missing:
+            raise ValueError(
+                f"The checkpoint's entry {type(self).__name__!r} has {sorted(state_dict)} and lacks {missing}: without "
+                "the entry, training goes on with a new loss scale."
+            )
+        self._load_scale(state_dict["loss_scale"])
         self._skips.total = state_dict["skipped_steps"]
+        self._schedules.load_state_dict(state_dict.get("held_schedules", ()))
+
+    def _load_scale(self, state_dict: dict[str, Any]) -> None:
+        self._loss_scale.load_state_dict(state_dict)
+        self._gradients_scale = self._loss_scale.scale
+        self._skips.scale = self.loss_scale
 
 
 def unwrapped(optimizer: Any) -> Any:

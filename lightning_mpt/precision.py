@@ -149,6 +149,8 @@ class MasterWeightPrecision(MasterWeightPipeline, Precision):
             self._adopt(optimizer)
         if optimizers and self._gradient_release:
             self._release = self._released(converted.module)
+        if optimizers:
+            self._watch_over(converted.module)
         self._attach(converted.module, lr_schedulers)
         return model, optimizers, lr_schedulers
 
@@ -252,6 +254,14 @@ class MasterWeightPrecision(MasterWeightPipeline, Precision):
             if result is None and model.automatic_optimization:  # training_step returned None: nothing to learn from
                 optimizer._opt_called = True  # schedules go on, and would warn that no step came before theirs
             else:
-                scan = None if self._release is None else Scan(self._release.found_inf(), None)
-                self._update(optimizer, clip, scan, closure=lambda: result, **kwargs)
+                scan, released = None, None
+                if self._release is not None:
+                    scan, released = Scan(self._release.found_inf(), None), self._release.found
+                self._update(optimizer, clip, scan, released, closure=lambda: result, **kwargs)
         return result
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over the loss scale of a file that `16-mixed` saved."""
+        if scaler := checkpoint.get("MixedPrecision"):
+            self._load_scale({"scale": scaler["scale"], "growth_tracker": scaler["_growth_tracker"]})

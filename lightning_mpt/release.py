@@ -63,7 +63,8 @@ class GradientRelease:
         self._optimizer = optimizer
         self._handles: dict[Tensor, Any] = {}
         self._groups: dict[Tensor, dict[str, Any]] = {}
-        self._found: list[Tensor] = []
+        self.found: dict[Tensor, Tensor] = {}
+        """Of the last backward: whether each parameter's gradient was not finite, as `step_one` says it."""
         self._scale: Tensor | None = None
         self._clip_value: float | None = None
 
@@ -80,6 +81,7 @@ class GradientRelease:
             if parameter not in self._handles and parameter.requires_grad:
                 self._handles[parameter] = parameter.register_post_accumulate_grad_hook(self._update)
         self._scale, self._clip_value = scale, float(clip_value) if clip_value else None
+        self.found = {}
         try:
             yield
         finally:
@@ -94,8 +96,8 @@ class GradientRelease:
             )
 
     def found_inf(self) -> Tensor:
-        """Whether a gradient was not finite since this was last asked: float32, no dimensions, on the device."""
-        found, self._found = self._found, []
+        """Whether a gradient was not finite in the last backward: float32, no dimensions, on the device."""
+        found = list(self.found.values())
         if not found:
             device = next(self._optimizer.parameters()).device
             return torch.zeros((), dtype=torch.float32, device=device)
@@ -112,5 +114,5 @@ class GradientRelease:
         group = self._groups.get(parameter)
         if self._scale is None or group is None or parameter.grad is None:
             return
-        self._found.append(self._optimizer.step_one(parameter, group, self._scale, self._clip_value))
+        self.found[parameter] = self._optimizer.step_one(parameter, group, self._scale, self._clip_value)
         parameter.grad = None

@@ -5,7 +5,7 @@ copied into pinned memory while the device works on, and read when they have arr
 on a CPU it is at once.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -30,16 +30,30 @@ class SkippedSteps:
 
     Attributes:
         total: steps skipped so far.
-        stuck: steps skipped in a row while the loss scale could fall no further.
         scale: the loss scale after the last step that is known of.
     """
 
     def __init__(self, scale: float, on_skip: Callable[[Optimizer], None]) -> None:
         self.total = 0
-        self.stuck = 0
-        self.scale = scale
+        self.begin(scale)
         self._on_skip = on_skip
         self._on_the_way: deque[_Outcome] = deque()
+
+    def begin(self, scale: float) -> None:
+        """Training starts, at this loss scale: what was in a row is so no longer. The total goes on."""
+        self.scale = scale
+        self._in_a_row: Counter[int] = Counter()
+        self._stuck: Counter[int] = Counter()
+
+    @property
+    def in_a_row(self) -> int:
+        """Steps that an optimizer skipped since its last that was not; of several, the one with the most."""
+        return max(self._in_a_row.values(), default=0)
+
+    @property
+    def stuck(self) -> int:
+        """The same, since the loss scale could fall no further."""
+        return max(self._stuck.values(), default=0)
 
     def record(self, found_inf: Tensor, at_minimum: Tensor, scale: Tensor, optimizer: Optimizer) -> None:
         """Start telling the host of a step. The tensors have no dimensions and share a device."""
@@ -64,9 +78,11 @@ class SkippedSteps:
                     return
             self._on_the_way.popleft()
             found_inf, at_minimum, self.scale = numbers.tolist()
+            whose = id(optimizer)
             if found_inf:
                 self.total += 1
-                self.stuck = self.stuck + 1 if at_minimum else 0
+                self._in_a_row[whose] += 1
+                self._stuck[whose] = self._stuck[whose] + 1 if at_minimum else 0
                 self._on_skip(optimizer)
             else:
-                self.stuck = 0
+                self._in_a_row[whose] = self._stuck[whose] = 0

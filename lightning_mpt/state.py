@@ -1,6 +1,6 @@
 """AdamW's state of one parameter: as it is stored while training, and in FP32, as torch.optim.AdamW saves it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -111,15 +111,18 @@ def _by_pieces(
         flat(write)[part].copy_((values if write is value else codes)[:size])
 
 
-def checked_state(state: dict[str, Any], parameter: Tensor, saved_id: Any) -> dict[str, Any]:
+def check_saved(state_dict: dict[str, Any]) -> None:
+    """ValueError if this is no state_dict of AdamW's, its parameters' states apart."""
+    _check_keys("The saved optimizer", state_dict, ("state", "param_groups"))
+    for index, group in enumerate(state_dict["param_groups"]):
+        _check_keys(f"The saved group {index}", group, ("params", "lr", "betas", "eps", "weight_decay"))
+
+
+def checked_state(state: dict[str, Any], parameter: Tensor, saved_id: Any, *, amsgrad: bool) -> dict[str, Any]:
     """A shallow copy of one parameter's saved state; ValueError if it is not AdamW's or does not fit."""
     if set(state) != {"master"}:
-        missing = [name for name in ("step", *MOMENTS[:2]) if name not in state]
-        if missing:
-            raise ValueError(
-                f"The saved state of parameter {saved_id!r} has {sorted(state)} and lacks {missing}: "
-                "load a state_dict of AdamW, Adam or MasterAdamW."
-            )
+        moments = MOMENTS if amsgrad else MOMENTS[:2]
+        _check_keys(f"The saved state of parameter {saved_id!r}", state, ("step", *moments))
     for name in (*MOMENTS, "master"):
         if name in state and state[name].shape != parameter.shape:
             raise ValueError(
@@ -127,6 +130,14 @@ def checked_state(state: dict[str, Any], parameter: Tensor, saved_id: Any) -> di
                 f"{tuple(parameter.shape)}: load the state of the same model."
             )
     return dict(state)
+
+
+def _check_keys(what: str, saved: dict[str, Any], names: Sequence[str]) -> None:
+    missing = [name for name in names if name not in saved]
+    if missing:
+        raise ValueError(
+            f"{what} has {sorted(saved)} and lacks {missing}: load a state_dict of AdamW, Adam or MasterAdamW."
+        )
 
 
 def _signed(name: str) -> bool:

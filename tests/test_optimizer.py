@@ -188,8 +188,11 @@ def test_states_go_to_torchs_adamw_and_come_back() -> None:
         (lambda s: s["state"][1].update(exp_avg_sq=torch.zeros(3)), r"exp_avg_sq of parameter 1 has shape \(3,\)"),
         (lambda s: s["state"][2].update(master=torch.zeros(2, 2)), r"master of parameter 2 has shape \(2, 2\)"),
         (lambda s: s["param_groups"].append(s["param_groups"][0]), "different number of parameter groups"),
+        (lambda s: s["param_groups"][0].pop("betas"), r"group 0 has .* lacks \['betas'\]: load a state_dict of AdamW"),
+        (lambda s: s.pop("param_groups"), r"saved optimizer has \['state'\] and lacks \['param_groups'\]"),
+        (lambda s: s["param_groups"][0].update(amsgrad=True), r"parameter 0 has .* lacks \['max_exp_avg_sq'\]"),
     ],
-    ids=["key", "shape", "master", "groups"],
+    ids=["key", "shape", "master", "groups", "settings", "no groups", "amsgrad"],
 )
 def test_a_foreign_or_damaged_state_is_refused_and_nothing_changes(damage: Any, message: str) -> None:
     params = parameters(torch.bfloat16)

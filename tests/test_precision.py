@@ -16,7 +16,6 @@ from torch.optim.lr_scheduler import LinearLR
 from training import Classifier, Validated, adamw, classification, fit, loader, mlp, trainer
 
 from lightning_mpt import PRESETS, DynamicLossScale, MasterWeightPrecision
-from lightning_mpt.storage import MASTER_STORAGES, MOMENT_STORAGES
 
 HALVES = {"16-true": torch.float16, "bf16-true": torch.bfloat16}
 
@@ -536,58 +535,6 @@ def test_training_twice_with_one_trainer_goes_on_from_where_it_was() -> None:
     assert len(module.losses) == 60
     assert module.losses[20] < module.losses[0]
     assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
-
-
-@pytest.mark.parametrize("master_weights", ["split", "float32"])
-@pytest.mark.parametrize("precision", HALVES)
-def test_a_checkpoint_is_fp32_and_the_same_inside_fit_and_after(
-    tmp_path: Any, precision: str, master_weights: str
-) -> None:
-    class Saves(Validated):
-        def on_train_end(self) -> None:
-            self.trainer.save_checkpoint(tmp_path / "inside.ckpt")
-
-    module = Saves(convnet(), adamw())
-    plugin = MasterWeightPrecision(precision, master_weights=master_weights)  # type: ignore[arg-type]
-    ours = trainer(plugin, num_sanity_val_steps=0)
-    ours.fit(module, loader(classification(4)), loader(classification(1)))
-    ours.save_checkpoint(tmp_path / "after.ckpt")
-    inside, after = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("inside", "after"))
-    torch.testing.assert_close(inside["state_dict"], after["state_dict"], rtol=0, atol=0)
-    torch.testing.assert_close(inside["state_dict"], module.state_dict(), rtol=0, atol=0)
-    assert inside["MasterWeightPrecision"] == plugin.state_dict()
-    (saved,) = inside["optimizer_states"]
-    fresh = Classifier(convnet())
-    fresh.load_state_dict(inside["state_dict"])
-    plain = torch.optim.AdamW(fresh.parameters())
-    plain.load_state_dict(saved)
-    assert set(saved["state"][0]) == {"step", "exp_avg", "exp_avg_sq"}
-    assert all(value.dtype == torch.float32 for value in saved["state"][0].values())
-
-
-@pytest.mark.parametrize("optimizer_state", MOMENT_STORAGES)
-@pytest.mark.parametrize("master_weights", MASTER_STORAGES)
-@pytest.mark.parametrize("precision", HALVES)
-def test_a_run_resumes_bit_for_bit(tmp_path: Any, precision: Any, master_weights: str, optimizer_state: str) -> None:
-    def module() -> Classifier:
-        return Classifier(convnet(), lambda module: torch.optim.AdamW(module.parameters(), lr=1e-2))
-
-    def plugin() -> MasterWeightPrecision:
-        return MasterWeightPrecision(precision, master_weights=master_weights, optimizer_state=optimizer_state)
-
-    batches = classification(8)
-    whole = module()
-    fit(whole, batches, plugin(), max_epochs=2)
-    first = module()
-    ours = fit(first, batches, plugin(), max_epochs=1)
-    ours.save_checkpoint(tmp_path / "half-way.ckpt")
-    saved = torch.load(tmp_path / "half-way.ckpt", weights_only=True)["optimizer_states"][0]["state"]
-    assert {value.dtype for state in saved.values() for value in state.values()} == {torch.float32}
-    second = module()
-    ours = trainer(plugin(), max_epochs=2)
-    ours.fit(second, loader(batches), ckpt_path=tmp_path / "half-way.ckpt", weights_only=True)
-    assert second.losses == whole.losses[8:]
-    torch.testing.assert_close(second.state_dict(), whole.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -1,5 +1,7 @@
 """Schedules hold back one call for every step that was skipped."""
 
+import copy
+
 import pytest
 import torch
 from torch.optim.lr_scheduler import ConstantLR, LinearLR, SequentialLR
@@ -62,3 +64,23 @@ def test_a_schedule_of_schedules_waits_as_a_whole() -> None:
         optimizer.step()
         scheduler.step()
     assert scheduler.last_epoch == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*optimizer.step.*:UserWarning")  # what torch advises is not the matter here
+def test_what_is_owed_is_saved_and_goes_on_elsewhere() -> None:
+    """Also after release, as in a file that is saved after training; and a copy of a schedule owes nothing."""
+    held, again = HeldSchedules(), HeldSchedules()
+    optimizer, scheduler = schedule()
+    held.hold(scheduler, 1)
+    held.skipped(optimizer)
+    copied = copy.deepcopy(scheduler)
+    held.release()
+    assert held.state_dict() == [1]
+    _, resumed = schedule()
+    again.hold(resumed, 1)
+    again.load_state_dict(held.state_dict())
+    for one in (resumed, copied):
+        one.step()
+    assert [one.last_epoch for one in (resumed, copied)] == [0, 1]
+    again.load_state_dict([])  # of a run without schedules
+    assert again.state_dict() == [0]

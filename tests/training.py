@@ -1,6 +1,6 @@
 """Modules, data and trainers that the tests of the plugin share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import lightning as L
@@ -59,6 +59,28 @@ class Batches(Dataset[tuple[Tensor, ...]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         return self._batches[index]
+
+
+class Resumable:
+    """A loader that a checkpoint remembers, so that a run goes on in the middle of an epoch."""
+
+    def __init__(self, batches: Sequence[tuple[Tensor, ...]]) -> None:
+        self._batches, self._next = batches, 0
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        self._next %= len(self)
+        while self._next < len(self):
+            self._next += 1
+            yield self._batches[self._next - 1]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"next": self._next}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._next = state_dict["next"]
 
 
 def classification(count: int, *, features: int = 16, classes: int = 4, size: int = 32) -> list[tuple[Tensor, ...]]:
