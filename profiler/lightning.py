@@ -15,14 +15,14 @@ from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
+from .collect.schedule import Schedule
+from .collect.session import Session, made_path
+from .collect.sources import MAX_EVENTS, Source
 from .ledger import BACKWARD, CLIP, OPTIMIZER_STEP
 from .out_of_memory import explain, is_out_of_memory
 from .ranks import worst
 from .recorder import check_bounds
 from .report import MemoryReport
-from .schedule import Schedule
-from .session import Session, made_path
-from .sources import MAX_EVENTS, Source
 
 _FETCH = ".train_dataloader_next"
 _BATCH = "run_training_batch"
@@ -153,7 +153,7 @@ class MemoryProfiler(Profiler):
     def summary(self) -> str:
         if self._report is None:
             return ""
-        from .render import report_text
+        from .show.render import report_text
 
         return report_text(self._report)
 

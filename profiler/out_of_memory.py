@@ -14,7 +14,7 @@ from .recording import Recording
 from .report import MemoryReport
 
 if TYPE_CHECKING:
-    from .session import Session
+    from .collect.session import Session
 
 _SAYS_SO = (
     "CUDA error: out of memory",
@@ -95,7 +95,7 @@ def _phase(recording: Recording) -> str:
 def _print(report: MemoryReport, phase: str, request_bytes: int | None) -> None:
     from rich.console import Console
 
-    from .render import format_bytes, print_report
+    from .show.render import format_bytes, print_report
 
     console = Console(stderr=True, highlight=False, markup=False)
     where = f"{report.device}, in {phase.replace('_', ' ')}" if phase else report.device

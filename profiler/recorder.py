@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
+from .collect.schedule import Schedule
+from .collect.session import Session, made_path
+from .collect.sources import MAX_EVENTS
 from .ledger import PHASES
 from .out_of_memory import explain, is_out_of_memory
 from .report import MemoryReport
-from .schedule import Schedule
-from .session import Session, made_path
-from .sources import MAX_EVENTS
 
 
 class MemoryRecorder:

@@ -1,4 +1,4 @@
-"""MemoryReport: what the memory was used for at the peak. Bytes only; how they look is `render.py`'s matter."""
+"""MemoryReport: what the memory was used for at the peak. Bytes only; how they look is a matter of `show/`."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -151,7 +151,7 @@ class MemoryReport:
 
     def print(self, *, full: bool = False) -> None:
         """Print the tables to the terminal; with `full` the largest tensors, duplicates and more of the rest."""
-        from .render import print_report
+        from .show.render import print_report
 
         print_report(self, full=full)
 
@@ -179,7 +179,7 @@ class Comparison:
 
     def print(self) -> None:
         """Print them side by side to the terminal."""
-        from .render import print_comparison
+        from .show.render import print_comparison
 
         print_comparison(self)
 

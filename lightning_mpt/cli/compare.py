@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..precisions import check_name
-from ..profiler.compare import Job, Row, base_of, run_job, to_json
+from ..profiler.compare.run import Job, Row, base_of, run_job, to_json
 from .target_options import add_target, read_target
 
 CHILD = [sys.executable, "-m", "lightning_mpt.cli.compare_child"]
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(to_json(rows), indent=1))
     else:
-        from ..profiler.render_compare import print_rows
+        from ..profiler.show.comparison import print_rows
 
         print_rows(rows, f"{target} on {accelerator}, the peak of {options.steps} steps", remarks=_remarks(rows))
     if interrupted:

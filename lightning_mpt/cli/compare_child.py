@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from ..precisions import trainer_arguments
-from ..profiler.compare_child import main
+from ..profiler.compare.child import main
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), trainer_arguments)

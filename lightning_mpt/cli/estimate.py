@@ -14,9 +14,9 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from ..precisions import check_name
 from ..presets import PRESETS
 from ..profiler import MemoryReport
-from ..profiler.class_path import TargetError
-from ..profiler.compare import FAILED, OK, Row, base_of, to_json
-from ..profiler.compare_child import one_line
+from ..profiler.compare.child import one_line
+from ..profiler.compare.class_path import TargetError
+from ..profiler.compare.run import FAILED, OK, Row, base_of, to_json
 from ..profiler.estimate import NEEDS_VALUES, EstimateError, PerRank, Trial, largest_batch, per_rank
 from .compare import ON_CPU, ON_CUDA
 from .target_options import add_target, read_target
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(_json(rows, batches, ranks, memory_bytes), indent=1))
     else:
-        from ..profiler.render_compare import print_rows
+        from ..profiler.show.comparison import print_rows
 
         title = f"{target}, estimated for {options.device}"
         print_rows(rows, title, more=_more(rows, batches, ranks, options), remarks=_remarks(ranks))

@@ -54,14 +54,14 @@ def _draw(reports: Sequence[MemoryReport], names: Sequence[str], options: argpar
 
 def _writer(option: str) -> Writer:
     if option == "html":
-        from ..profiler.html import write_html
+        from ..profiler.show.html import write_html
 
         return write_html
     if option == "plot":
-        from ..profiler.plot import write_plot
+        from ..profiler.show.plot import write_plot
 
         return write_plot
-    from ..profiler.perfetto import write_perfetto
+    from ..profiler.show.perfetto import write_perfetto
 
     return write_perfetto
 

@@ -5,7 +5,7 @@ import difflib
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from ..profiler.target import Target
+from ..profiler.compare.target import Target
 
 DOTTED = ("model", "data")
 

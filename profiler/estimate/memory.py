@@ -30,8 +30,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from ..collect.owners import in_backward, now_ns
 from ..figures import AllocatorHealth
-from ..owners import in_backward, now_ns
 from ..recording import Event
 
 aten = torch.ops.aten

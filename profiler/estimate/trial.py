@@ -26,10 +26,10 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import _disable_current_modes
 from typing_extensions import override
 
+from ..collect.session import Session
 from ..lightning import MemoryProfiler
 from ..recording import Recording
 from ..report import MemoryReport
-from ..session import Session
 from .corrections import has_lstm, without_onednn
 from .devices import CUDA, Device
 from .memory import DataDependent, FakeFunctions, FakeMemory

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mpt import MasterWeightPrecision
 from lightning_mpt.profiler import Category, Duplicate, MemoryProfiler, MemoryReport, ModuleForward
-from lightning_mpt.profiler.advisor import Advice, advise
 from lightning_mpt.profiler.recording import Recording
+from lightning_mpt.profiler.show.advisor import Advice, advise
 
 from .test_plugin import GPT2
 

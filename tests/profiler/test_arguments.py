@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_mpt.profiler.arguments import parameters_of, read_arguments, read_value
+from lightning_mpt.profiler.compare.arguments import parameters_of, read_arguments, read_value
 
 from .trained import Keywords, Kind, Tiny, Typed
 

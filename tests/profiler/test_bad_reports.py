@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, example, given, settings
 from reports import transformer
 
 from lightning_mpt.profiler import MemoryReport
-from lightning_mpt.profiler.render import report_text
 from lightning_mpt.profiler.report import REPORT_LIMIT_BYTES
+from lightning_mpt.profiler.show.render import report_text
 
 from .damage import REMOVED, Change, changes, damaged
 

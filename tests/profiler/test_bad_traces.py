@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, example, given, settings
 
 from lightning_mpt.profiler import AllocatorHealth, Category, Duplicate, MemoryReport, ModuleForward
 from lightning_mpt.profiler.recording import Claim, Event, Gone, Interval, Mark, Recording, Window
-from lightning_mpt.profiler.render import report_text
+from lightning_mpt.profiler.show.render import report_text
 
 from .damage import REMOVED, Change, changes, damaged
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from lightning_mpt.profiler import Category, MemoryReport, PhasePeak
-from lightning_mpt.profiler.claims import left_out, peak_phase, saved_claims, share_claims
+from lightning_mpt.profiler.show.claims import left_out, peak_phase, saved_claims, share_claims
 
 
 def report(peak_in: str = "backward", *, gradients_elsewhere: int = 0, **categories: int) -> MemoryReport:

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from lightning_mpt.precisions import trainer_arguments
-from lightning_mpt.profiler import Category, MemoryReport, compare_child
-from lightning_mpt.profiler.compare import (
+from lightning_mpt.profiler import Category, MemoryReport
+from lightning_mpt.profiler.compare import child
+from lightning_mpt.profiler.compare.run import (
     FAILED,
     JOB,
     OK,
@@ -28,7 +29,7 @@ from lightning_mpt.profiler.compare import (
     Row,
     run_job,
 )
-from lightning_mpt.profiler.target import Target, TargetError
+from lightning_mpt.profiler.compare.target import Target, TargetError
 
 HERE = str(Path(__file__).parent / "trained.py")
 
@@ -53,7 +54,7 @@ def job_for(name: str, precision: str = "32-true", *, steps: int = 2, **target: 
 def trained(job: Job, folder: Path) -> tuple[MemoryReport, float | None, int]:
     """The report, the seconds of a step, and the number of batches that the parent is told of."""
     progress = io.BytesIO()
-    report, seconds = compare_child.train(job, trainer_arguments, folder, progress)  # type: ignore[arg-type]
+    report, seconds = child.train(job, trainer_arguments, folder, progress)  # type: ignore[arg-type]
     return report, seconds, len(progress.getvalue())
 
 
@@ -126,7 +127,7 @@ def test_steps_that_are_only_timed_need_not_be_there(tmp_path: Path) -> None:
 
 
 def test_slow_steps_are_timed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare_child, "_TIMING_S", 0.0)
+    monkeypatch.setattr(child, "_TIMING_S", 0.0)
     report, seconds, batches = trained(job_for("WithData", steps=3), tmp_path)
     assert (report.steps, batches) == (3, 6)
     assert seconds is not None
@@ -149,7 +150,7 @@ def test_a_network_that_never_steps_is_an_error(tmp_path: Path) -> None:
 
 def outcome_of(job: Job, folder: Path) -> dict[str, Any]:
     (folder / JOB).write_text(json.dumps(job.to_json()))
-    compare_child.run(folder, trainer_arguments)
+    child.run(folder, trainer_arguments)
     return json.loads((folder / OUTCOME).read_text())
 
 
@@ -193,10 +194,10 @@ def test_a_run_that_fails_says_how(job: Job, status: str, error: str, bad_target
     ],
 )
 def test_memory_that_ran_out_is_known_by_its_messages(error: Exception, ran_out: bool) -> None:
-    assert compare_child.ran_out_of_memory(error) == ran_out
+    assert child.ran_out_of_memory(error) == ran_out
     outer = TargetError("the model raised")
     outer.__cause__ = error
-    assert compare_child.ran_out_of_memory(outer) == ran_out
+    assert child.ran_out_of_memory(outer) == ran_out
 
 
 # -- processes --------------------------------------------------------------------------------------------------------
@@ -270,7 +271,7 @@ def test_an_interruption_ends_the_process_and_its_workers(tmp_path: Path) -> Non
 
 
 def test_a_run_ends_when_its_parent_is_gone() -> None:
-    source = inspect.getsource(compare_child._end_with_parent)
+    source = inspect.getsource(child._end_with_parent)
     script = (
         f"import os, signal, sys, threading, time\n{source}\n_end_with_parent()\nprint(1, flush=True)\ntime.sleep(100)"
     )

@@ -14,8 +14,8 @@ import torch
 from lightning_mpt.cli import compare as command
 from lightning_mpt.cli import main
 from lightning_mpt.profiler import MemoryReport
-from lightning_mpt.profiler.compare import FAILED, OK, Job, Row, base_of, to_json
-from lightning_mpt.profiler.target import Target
+from lightning_mpt.profiler.compare.run import FAILED, OK, Job, Row, base_of, to_json
+from lightning_mpt.profiler.compare.target import Target
 
 from .test_claims import report
 

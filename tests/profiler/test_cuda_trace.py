@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_mpt.profiler.cuda_trace import parse_segments, parse_trace, round_bytes, workspace_bytes
+from lightning_mpt.profiler.collect.cuda_trace import parse_segments, parse_trace, round_bytes, workspace_bytes
 from lightning_mpt.profiler.recording import Event
 
 MIB = 1 << 20

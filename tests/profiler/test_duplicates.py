@@ -9,7 +9,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_mpt.profiler import Category, Duplicate, MemoryRecorder, MemoryReport
-from lightning_mpt.profiler.duplicates import PIECE, SAMPLES, DuplicateFinder
+from lightning_mpt.profiler.collect.duplicates import PIECE, SAMPLES, DuplicateFinder
 from lightning_mpt.profiler.ledger import replay
 from lightning_mpt.profiler.recording import Recording
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lightning_mpt.profiler.collect.sources import CPUSource
 from lightning_mpt.profiler.estimate.memory import DataDependent, FakeFunctions, FakeMemory
 from lightning_mpt.profiler.recording import Event
-from lightning_mpt.profiler.sources import CPUSource
 
 KIB = 1024
 

@@ -9,9 +9,9 @@ import pytest
 from reports import MIB, transformer
 
 from lightning_mpt.profiler import Category, Duplicate, MemoryReport, PhasePeak, TensorUse, TimelinePoint
-from lightning_mpt.profiler.html import render_html, write_html
-from lightning_mpt.profiler.page import SCRIPT
 from lightning_mpt.profiler.recording import Recording
+from lightning_mpt.profiler.show.html import render_html, write_html
+from lightning_mpt.profiler.show.page import SCRIPT
 
 VOID = {"meta"}
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_mpt.profiler import MemoryRecorder, MemoryReport
-from lightning_mpt.profiler.modules import ModuleForwards
+from lightning_mpt.profiler.collect.modules import ModuleForwards
 
 from .loops import blocks, mlp
 

@@ -11,10 +11,10 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_mpt.profiler import Category, MemoryProfiler, MemoryRecorder, MemoryReport, out_of_memory
+from lightning_mpt.profiler.collect.sources import CPUSource
 from lightning_mpt.profiler.ledger import replay
 from lightning_mpt.profiler.out_of_memory import failed_request_bytes, is_out_of_memory
 from lightning_mpt.profiler.recording import Claim, Event, Mark, Recording, Window
-from lightning_mpt.profiler.sources import CPUSource
 
 from .limit import MemoryLimit
 from .test_lightning import Classifier, data, trainer

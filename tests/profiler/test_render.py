@@ -10,8 +10,8 @@ from rich.console import Console
 from lightning_mpt.profiler import MemoryReport, TensorUse
 from lightning_mpt.profiler.category import Category
 from lightning_mpt.profiler.recording import Recording
-from lightning_mpt.profiler.render import print_comparison, print_report, report_text
-from lightning_mpt.profiler.words import count_of, format_bytes, format_shape, format_share, printable
+from lightning_mpt.profiler.show.render import print_comparison, print_report, report_text
+from lightning_mpt.profiler.show.words import count_of, format_bytes, format_shape, format_share, printable
 
 from .test_report import training_step
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from lightning_mpt.profiler.compare import FAILED, OUT_OF_MEMORY, Row, to_json
-from lightning_mpt.profiler.render_compare import print_rows
+from lightning_mpt.profiler.compare.run import FAILED, OUT_OF_MEMORY, Row, to_json
+from lightning_mpt.profiler.show.comparison import print_rows
 
 from .test_claims import report
 

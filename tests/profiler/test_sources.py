@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_mpt.profiler import AllocatorHealth, MemoryRecorder, MemoryReport, session
-from lightning_mpt.profiler.health import allocator_health
-from lightning_mpt.profiler.sources import CPUSource, CUDASource, source_for
+from lightning_mpt.profiler import AllocatorHealth, MemoryRecorder, MemoryReport
+from lightning_mpt.profiler.collect import session
+from lightning_mpt.profiler.collect.health import allocator_health
+from lightning_mpt.profiler.collect.sources import CPUSource, CUDASource, source_for
 
 from .test_cuda_trace import BASE, entry, segment
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_mpt.profiler.class_path import load
-from lightning_mpt.profiler.target import Target, TargetError
+from lightning_mpt.profiler.compare.class_path import load
+from lightning_mpt.profiler.compare.target import Target, TargetError
 
 HERE = str(Path(__file__).parent / "trained.py")
 CONFIG = str(Path(__file__).parents[2] / "examples" / "train_gpt.yaml")

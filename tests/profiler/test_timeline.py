@@ -8,10 +8,10 @@ import pytest
 from reports import transformer
 
 from lightning_mpt.profiler import Category, MemoryReport, TimelinePoint
-from lightning_mpt.profiler.perfetto import trace_events, write_perfetto
-from lightning_mpt.profiler.plot import write_plot
 from lightning_mpt.profiler.recording import Recording
-from lightning_mpt.profiler.timeline import COLORS, STACKED, Span, phase_spans, used_categories
+from lightning_mpt.profiler.show.perfetto import trace_events, write_perfetto
+from lightning_mpt.profiler.show.plot import write_plot
+from lightning_mpt.profiler.show.timeline import COLORS, STACKED, Span, phase_spans, used_categories
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

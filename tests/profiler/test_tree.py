@@ -6,7 +6,7 @@ from reports import MIB, transformer
 
 from lightning_mpt.profiler import Category, MemoryReport
 from lightning_mpt.profiler.recording import Recording
-from lightning_mpt.profiler.tree import Node, largest, module_tree, subtree_bytes
+from lightning_mpt.profiler.show.tree import Node, largest, module_tree, subtree_bytes
 
 
 def tree_of(modules: dict[str, int]) -> Node:

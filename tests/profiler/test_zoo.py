@@ -15,7 +15,7 @@ from training import fit
 
 from lightning_mpt import MasterWeightPrecision
 from lightning_mpt.profiler import Category, MemoryProfiler, MemoryReport
-from lightning_mpt.profiler.tensors import tensors_in
+from lightning_mpt.profiler.collect.tensors import tensors_in
 
 UNATTRIBUTED = 0.01
 """Of the peak. Worst seen: 0.0002."""

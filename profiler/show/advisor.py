@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .category import Category
-from .report import MemoryReport
+from ..category import Category
+from ..report import MemoryReport
 from .tree import Node, module_tree, subtree_bytes
 from .words import format_bytes, format_share
 

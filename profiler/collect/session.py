@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
+from ..figures import AllocatorHealth
+from ..out_of_memory import observe_failed_requests
+from ..recording import Recording, Window
 from .buckets import NOTE as BUCKETS
 from .buckets import bucket_bytes
-from .figures import AllocatorHealth
 from .modules import compiled_note
-from .out_of_memory import observe_failed_requests
 from .owners import Owners, now_ns
-from .recording import Recording, Window
 from .sources import MAX_EVENTS, Source, source_for
 
 _OVERFLOWED = "The allocator's history was too short for the recorded steps, and its oldest part is lost."

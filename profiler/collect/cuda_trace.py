@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .recording import Event
+from ..recording import Event
 
 MIN_BLOCK_BYTES = 512
 SMALL_BYTES = 1 << 20

@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .category import Category
+from ..category import Category
+from ..figures import Duplicate
+from ..ledger import BACKWARD, CLIP, FORWARD, OPTIMIZER_STEP, OUTSIDE
+from ..recording import Claim, Gone, Interval, Mark
 from .duplicates import DuplicateFinder
-from .figures import Duplicate
-from .ledger import BACKWARD, CLIP, FORWARD, OPTIMIZER_STEP, OUTSIDE
 from .modules import ModuleForwards, hookable, untracer
-from .recording import Claim, Gone, Interval, Mark
 from .tensors import parts_of, tensors_in, version_of
 
 now_ns = time.time_ns

@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
-from .category import Category
-from .report import MemoryReport
+from ..category import Category
+from ..report import MemoryReport
 
 
 class Span(NamedTuple):

@@ -6,8 +6,8 @@ The numbers fit one network at one batch size. Here each is held against this on
 
 from dataclasses import dataclass
 
-from .category import Category
-from .report import MemoryReport
+from ..category import Category
+from ..report import MemoryReport
 
 FP32 = "32-true"
 SHARES = {Category.ACTIVATIONS: (0.60, 0.80), Category.GRADIENTS: (0.20, 0.30), Category.WEIGHTS: (0.05, 0.10)}

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .report import MemoryReport
+from ..report import MemoryReport
 from .timeline import phase_spans, used_categories
 
 _PHASES_THREAD = 1

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .report import MemoryReport
+from ..report import MemoryReport
 from .timeline import COLORS, phase_spans, used_categories
 from .words import format_bytes, in_words, printable, spoken, unit_of
 

@@ -6,9 +6,9 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..category import Category
+from ..report import Comparison, MemoryReport
 from .advisor import advise
-from .category import Category
-from .report import Comparison, MemoryReport
 from .tables import (
     STYLES,
     ByWidth,

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from .figures import ModuleForward
+from ..figures import ModuleForward
 from .tensors import parts_of, tensors_in
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .claims import FP32, saved_claims, share_claims
-from .report import MemoryReport
+from ..report import MemoryReport
+from ..show.claims import FP32, saved_claims, share_claims
 from .target import Target, TargetError
 
 OK = "ok"

@@ -6,9 +6,9 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .category import Category
+from ..category import Category
+from ..compare.run import Row, base_of
 from .claims import FP32, Claim, left_out, saved_claims, share_claims
-from .compare import Row, base_of
 from .render import format_bytes
 
 _COLUMN = 13

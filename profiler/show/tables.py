@@ -8,10 +8,10 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from ..category import Category
+from ..figures import AllocatorHealth, Duplicate
+from ..report import MemoryReport
 from .advisor import Advice
-from .category import Category
-from .figures import AllocatorHealth, Duplicate
-from .report import MemoryReport
 from .tree import Node, largest, module_tree
 from .words import count_of, format_bytes, format_shape, format_share, printable, spoken
 

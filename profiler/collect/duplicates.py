@@ -17,7 +17,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .figures import Duplicate
+from ..figures import Duplicate
 
 SAMPLES = 64
 """Elements of a fingerprint. A storage of fewer is too small to matter, and is passed over."""

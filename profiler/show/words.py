@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from .category import Category
+from ..category import Category
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 

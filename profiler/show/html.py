@@ -8,10 +8,10 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
+from ..category import Category
+from ..report import MemoryReport
 from .advisor import advise
-from .category import Category
 from .page import page
-from .report import MemoryReport
 from .svg import timeline_svg
 from .tables import MODEL_STATE
 from .timeline import COLORS, STACKED

@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from .category import Category
-from .report import MemoryReport
+from ..category import Category
+from ..report import MemoryReport
 
 _ALIKE = 0.5
 """Blocks are repeated where this share of the names beneath them is common. At the peak some are partly freed."""

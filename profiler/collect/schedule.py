@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from .recording import Recording
+from ..recording import Recording
 from .session import Session
 
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from html import escape
 from itertools import pairwise
 
-from .category import Category
-from .report import MemoryReport
+from ..category import Category
+from ..report import MemoryReport
 from .timeline import COLORS, phase_spans, used_categories
 from .words import format_bytes, in_words, spoken, unit_of
 

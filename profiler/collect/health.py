@@ -3,8 +3,8 @@
 from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
-from .figures import AllocatorHealth
-from .recording import Event
+from ..figures import AllocatorHealth
+from ..recording import Event
 
 
 def allocator_health(

@@ -18,12 +18,12 @@ import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from typing_extensions import override
 
-from .category import Category
-from .compare import FAILED, JOB, OK, OUT_OF_MEMORY, OUTCOME, PROGRESS, REPORT, Job
-from .ledger import BACKWARD
-from .lightning import MemoryProfiler
-from .out_of_memory import is_out_of_memory
-from .report import MemoryReport
+from ..category import Category
+from ..ledger import BACKWARD
+from ..lightning import MemoryProfiler
+from ..out_of_memory import is_out_of_memory
+from ..report import MemoryReport
+from .run import FAILED, JOB, OK, OUT_OF_MEMORY, OUTCOME, PROGRESS, REPORT, Job
 from .target import TargetError
 
 TrainerArguments = Callable[[str], dict[str, Any]]

@@ -17,10 +17,10 @@ from typing import Any, Protocol
 
 import torch
 
+from ..figures import AllocatorHealth
+from ..recording import Event
 from .cuda_trace import last_failure, parse_segments, parse_trace, workspace_bytes
-from .figures import AllocatorHealth
 from .health import allocator_health, workspaces_alive
-from .recording import Event
 
 MAX_EVENTS = 2_000_000
 

@@ -1,0 +1,1 @@
+"""One LightningModule trained under several precisions, each in a process of its own."""
