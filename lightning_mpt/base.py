@@ -1,8 +1,9 @@
 """What every optimizer over master weights can do, whatever its rule: `MasterAdamW` and the bridge build on it."""
 
 from collections.abc import Iterator
+from functools import cache
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -107,6 +108,12 @@ class MasterOptimizer(Optimizer):
     def _found_inf(self, device: torch.device) -> Tensor | None:
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         return None if found_inf is None else found_inf.to(device, non_blocking=True).reshape(())
+
+
+@cache
+def class_in_front(front: type[Any], adopted: type[Any]) -> type[Any]:
+    """The class of an adopted optimizer, one for each of the user's. By its name LearningRateMonitor names metrics."""
+    return type(adopted.__name__, (front, adopted), {})
 
 
 def refuse_sparse(gradient: Tensor | None) -> None:

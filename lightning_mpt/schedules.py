@@ -5,14 +5,13 @@ step that it is told was skipped. Its object stays the one that the user made: i
 """
 
 from typing import Any
-from weakref import WeakKeyDictionary
 
 
 class HeldSchedules:
     """Holds schedules back by as many calls as there were skipped steps."""
 
     def __init__(self) -> None:
-        self._owed: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+        self._owed: dict[Any, int] = {}
 
     def hold(self, scheduler: Any, frequency: int) -> None:
         """From now on `scheduler` owes a call for every `frequency` steps that were skipped."""
