@@ -1,7 +1,8 @@
 """What every optimizer over master weights can do, whatever its rule: `MasterAdamW` and the bridge build on it."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, TypeVar
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,10 +12,6 @@ from .kernels import Kernel, kernel_for
 from .kernels.slots import GradientTransform
 from .masters import MasterWeights
 from .shards import Layout, layout, local, over_all_shards
-
-T = TypeVar("T", bound=Optimizer)
-
-_ADOPTED: dict[tuple[type[Optimizer], type[Optimizer]], Any] = {}
 
 
 class Scan(NamedTuple):
@@ -123,16 +120,10 @@ class MasterOptimizer(Optimizer):
         return None if found_inf is None else found_inf.to(device, non_blocking=True).reshape(())
 
 
-def adopted_class(ours: type[T], theirs: type[Optimizer]) -> type[T]:
-    """A class that is both, and is called as theirs: loggers name learning rates after it.
-
-    One for all optimizers of a class, since loggers number these.
-    """
-    key = (ours, theirs)
-    if key not in _ADOPTED:
-        bases = (ours,) if issubclass(ours, theirs) else (ours, theirs)
-        _ADOPTED[key] = type(theirs.__name__, bases, {})
-    return _ADOPTED[key]
+@cache
+def class_in_front(front: type[Any], adopted: type[Any]) -> type[Any]:
+    """The class of an adopted optimizer, one for each of the user's. By its name LearningRateMonitor names metrics."""
+    return type(adopted.__name__, (front, adopted), {})
 
 
 def refuse_sparse(gradient: Tensor | None) -> None:

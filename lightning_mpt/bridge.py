@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer, SparseAdam
 from torch.utils._pytree import tree_map
 
-from .base import MasterOptimizer, adopted_class
+from .base import MasterOptimizer, class_in_front
 from .kernels.gradients import true_gradient
 from .masters import MasterWeights
 from .pieces import dense, flat
@@ -29,8 +29,13 @@ STORAGE = master_storage("float32")
 class BridgedOptimizer(MasterOptimizer):
     """The part in front of the user's optimizer class; `bridge` puts the two together."""
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """The optimizer's own step on masters and true gradients; then the half weights become their rounding."""
+    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+        """The optimizer's own step on masters and true gradients; then the half weights become their rounding.
+
+        Args:
+            closure: runs first, once.
+            kwargs: whatever else the optimizer's own `step` takes.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -41,7 +46,7 @@ class BridgedOptimizer(MasterOptimizer):
             return loss
         with self._masters_in_groups(), self._true_gradients(), self._inputs_hidden():
             # Some optimizers take no step without a closure. What it does is done: now it only tells the loss.
-            super().step(*([] if closure is None else [lambda: cast(Any, loss)]))
+            super().step(*([] if closure is None else [lambda: cast(Any, loss)]), **kwargs)
         for parameter in self.parameters():
             if parameter.grad is not None and parameter.dtype in HALF_DTYPES:
                 self.masters.publish(parameter)
@@ -149,7 +154,7 @@ def bridge(optimizer: Optimizer, masters: MasterWeights) -> BridgedOptimizer:
     optimizer.__dict__.pop("step", None)  # the tracker of an LRScheduler, bound to the old class
     adopted = type(optimizer)
     bridged = cast(BridgedOptimizer, optimizer)
-    bridged.__class__ = adopted_class(BridgedOptimizer, adopted)
+    bridged.__class__ = class_in_front(BridgedOptimizer, adopted)  # type: ignore[arg-type]
     bridged._adopted_class = adopted
     bridged.masters, bridged.masters_in_module, bridged._masters_of = masters, True, {}
     with bridged._masters_in_groups():

@@ -64,7 +64,7 @@ class FabricMasterWeightPrecision(MasterWeightPipeline, Precision):
         self,
         precision: Literal["16-true", "bf16-true"] = "16-true",
         *,
-        loss_scale: str | float | DynamicLossScale | ConstantLossScale | None = "auto",
+        loss_scale: float | str | DynamicLossScale | ConstantLossScale | None = "auto",
         master_weights: str = "split",
         optimizer_state: str = "float32",
         fp32_modules: type[nn.Module] | Sequence[type[nn.Module]] | None = None,

@@ -189,7 +189,7 @@ class DynamicLossScale:
 
 
 def make_loss_scale(
-    loss_scale: "str | float | DynamicLossScale | ConstantLossScale | None", dtype: torch.dtype
+    loss_scale: "float | str | DynamicLossScale | ConstantLossScale | None", dtype: torch.dtype
 ) -> LossScale:
     """The loss scale that a user's argument means, for training in `dtype` (float16 or bfloat16).
 

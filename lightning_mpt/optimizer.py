@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from .base import MasterOptimizer, adopted_class, device_name, refuse_sparse
+from .base import MasterOptimizer, class_in_front, device_name, refuse_sparse
 from .kernels.slots import Slot
 from .masters import MasterWeights
 from .pieces import dense
@@ -92,7 +92,7 @@ class MasterAdamW(MasterOptimizer, AdamW):
         optimizer.__dict__.pop("step", None)  # the tracker of an LRScheduler, bound to the old class
         adopted: MasterAdamW = optimizer  # type: ignore[assignment]
         adopted._adopted_class = type(optimizer)
-        adopted.__class__ = adopted_class(cls, type(optimizer))
+        adopted.__class__ = class_in_front(cls, type(optimizer))  # type: ignore[arg-type]
         adopted.storage, adopted.moments = master_storage(master_weights), moment_storage(optimizer_state)
         adopted.masters, adopted.masters_in_module = masters, True
         adopted._patch_step_function()
@@ -322,8 +322,13 @@ class MasterAdamW(MasterOptimizer, AdamW):
                         moment(self.state[parameter], name, dense(local(parameter).detach()), self.moments)
 
     def __getstate__(self) -> dict[str, Any]:
-        mine = {name: self.__dict__[name] for name in ("storage", "moments", "masters")}
-        return {**super().__getstate__(), **mine}
+        names = ("storage", "moments", "masters", "_adopted_class")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in names if name in self.__dict__}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As the adopted class has it: AdamW's own would decouple the weight decay of what is an Adam."""
+        own: type[Optimizer] = {**self.__dict__, **state}.get("_adopted_class", AdamW)
+        own.__setstate__(self, state)
 
 
 def _check_settings(settings: Mapping[str, Any]) -> None:

@@ -55,7 +55,7 @@ class MasterWeightPipeline:
     def __init__(
         self,
         precision: str,
-        loss_scale: str | float | DynamicLossScale | ConstantLossScale | None,
+        loss_scale: float | str | DynamicLossScale | ConstantLossScale | None,
         master_weights: str,
         optimizer_state: str,
         fp32_modules: type[nn.Module] | Sequence[type[nn.Module]] | None,

@@ -73,7 +73,8 @@ class MasterWeightPrecision(MasterWeightPipeline, Precision):
         self,
         precision: Literal["16-true", "bf16-true"] = "16-true",
         *,
-        loss_scale: str | float | DynamicLossScale | ConstantLossScale | None = "auto",
+        # A number first: jsonargparse takes the first type that fits what a command line says.
+        loss_scale: float | str | DynamicLossScale | ConstantLossScale | None = "auto",
         master_weights: str = "split",
         optimizer_state: str = "float32",
         gradient_release: bool = False,

@@ -6,14 +6,13 @@ step that it is told was skipped. Its object stays the one that the user made: i
 
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 
 class HeldSchedules:
     """Holds schedules back by as many calls as there were skipped steps."""
 
     def __init__(self) -> None:
-        self._held: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+        self._held: dict[Any, int] = {}
         """The schedules, with their places in what is owed."""
         self._owed: list[int] = []
 

@@ -129,8 +129,8 @@ def test_hooks_run_once_a_step_and_step_may_take_a_closure() -> None:
 
 def test_an_optimizer_that_asks_for_a_closure_is_given_one_that_runs_nothing_again() -> None:
     class Asks(torch.optim.SGD):
-        def step(self, closure: Any) -> Any:  # type: ignore[override]
-            return closure(), super().step()
+        def step(self, closure: Any, *, way: str) -> Any:  # type: ignore[override]
+            return closure(), way, super().step()
 
     calls: list[int] = []
 
@@ -143,7 +143,7 @@ def test_an_optimizer_that_asks_for_a_closure_is_given_one_that_runs_nothing_aga
     optimizer = bridge(Asks(params, lr=0.1), MasterWeights())
     for parameter in params:
         parameter.grad = torch.ones_like(parameter)
-    assert optimizer.step(closure) == 1
+    assert optimizer.step(closure, way="down") == 1
     assert calls == [0]
     assert not any(torch.equal(parameter, start) for parameter, start in zip(params, before, strict=True))
 

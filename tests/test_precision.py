@@ -2,12 +2,14 @@
 
 import copy
 import itertools
+import pickle
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loops.optimization.automatic import Closure
 from lightning.pytorch.utilities.rank_zero import WarningCache
@@ -614,3 +616,38 @@ def test_every_combination_of_storages_and_scales_learns() -> None:
             MasterWeightPrecision(precision, master_weights=master_weights, loss_scale=loss_scale),  # type: ignore[arg-type]
         )  # fmt: skip
         assert module.losses[-1] < 0.6 * module.losses[0], (precision, master_weights, loss_scale)
+
+
+def test_a_trainer_with_the_plugin_can_be_pickled_before_fit_and_after() -> None:
+    """Launchers that spawn processes do so."""
+    ours = trainer(MasterWeightPrecision("16-true"))
+    copied = pickle.loads(pickle.dumps(ours))
+    copied.fit(Classifier(mlp()), loader(classification(2)))
+    assert pickle.loads(pickle.dumps(copied.precision_plugin)).loss_scale == 2.0**15
+
+
+def test_adam_resumes_as_adam_with_its_weight_decay_in_the_gradient(tmp_path: Any) -> None:
+    """torch's AdamW, which the update is built on, makes every group that it loads a decoupled one."""
+
+    def module() -> Classifier:
+        return Classifier(mlp(), lambda module: torch.optim.Adam(module.parameters(), lr=1e-2, weight_decay=0.1))
+
+    batches = classification(6)
+    whole, second = module(), module()
+    fit(whole, batches, MasterWeightPrecision("bf16-true"), max_epochs=2)
+    fit(module(), batches, MasterWeightPrecision("bf16-true")).save_checkpoint(tmp_path / "half-way.ckpt")
+    ours = trainer(MasterWeightPrecision("bf16-true"), max_epochs=2)
+    ours.fit(second, loader(batches), ckpt_path=tmp_path / "half-way.ckpt", weights_only=True)
+    assert not ours.optimizers[0].param_groups[0]["decoupled_weight_decay"]
+    assert second.losses == whole.losses[6:]
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD"])
+def test_learning_rates_are_logged_under_the_names_of_the_users_optimizers(name: str, tmp_path: Any) -> None:
+    def configure(module: L.LightningModule) -> Any:
+        return getattr(torch.optim, name)(module.parameters(), lr=1e-2)
+
+    monitor = LearningRateMonitor()
+    options = {"callbacks": [monitor], "logger": CSVLogger(tmp_path), "log_every_n_steps": 1}
+    fit(Classifier(mlp(), configure), classification(2), MasterWeightPrecision("bf16-true"), **options)
+    assert list(monitor.lrs) == [f"lr-{name}"]
