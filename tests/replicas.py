@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightning.fabric import Fabric
 from ranks import TWO
 from torch import Tensor, nn
 from training import Classifier, adamw, classification, loader, mlp, trainer
 
-from lightning_mpt import DynamicLossScale, MasterWeightPrecision
+from lightning_mpt import DynamicLossScale, FabricMasterWeightPrecision, MasterWeightPrecision
 
 STEPS = 6
 
@@ -74,11 +75,28 @@ def everything(rank: int, folder: Path) -> dict[str, Any]:
         rank, MasterWeightPrecision("16-true"), Classifier(net(rank), lambda m: torch.optim.SGD(m.parameters(), 0.1))
     )
     results["resumed"] = resumed(rank, folder)
+    results["fabric"] = in_fabric(rank)
     try:
         train(rank, MasterWeightPrecision("bf16-true", gradient_release=True), Classifier(net(rank)))
     except ValueError as refused:
         results["released"] = str(refused)
     return results
+
+
+def in_fabric(rank: int) -> dict[str, Any]:
+    """What the Trainer does in the case `bf16-true, 1`, in a loop of one's own."""
+    plugin = FabricMasterWeightPrecision("bf16-true")
+    fabric = Fabric(strategy="ddp", accelerator=TWO["accelerator"], devices=2, plugins=[plugin])
+    fabric.launch()
+    module = net(rank)
+    model, optimizer = fabric.setup(module, torch.optim.AdamW(module.parameters(), lr=1e-2))
+    for x, y in batches_of(rank):
+        fabric.backward(F.cross_entropy(model(x), y))
+        fabric.clip_gradients(model, optimizer, max_norm=1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    plugin.restore()
+    return {"weights": module.state_dict()}
 
 
 def resumed(rank: int, folder: Path) -> dict[str, Any]:

@@ -45,6 +45,11 @@ def test_the_masters_end_where_fp32_training_ends(ranks: list[dict[str, Any]], c
     assert (ours - fp32).norm() <= DISTANCE[precision] * (fp32 - start).norm()
 
 
+def test_fabric_trains_alike_bit_for_bit(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert torch.equal(flat(rank["fabric"]["weights"]), flat(rank["bf16-true, 1"]["weights"]))
+
+
 def test_an_overflow_on_one_rank_skips_the_step_on_all(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         result = rank["poisoned"]

@@ -1,0 +1,184 @@
+"""The numbers of README and docs, from the kept results: nothing is typed by hand, so nothing drifts.
+
+    python -m benchmarks.numbers           # fill them in
+    python -m benchmarks.numbers --check   # exit 1 where a file says something else
+
+Between `<!-- numbers: NAME -->` and `<!-- /numbers -->` stands what a function here makes of a file in
+benchmarks/results. What has not been measured says so.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS, ROOT
+
+PAGES = (ROOT / "README.md", ROOT / "docs" / "numbers.md")
+BLOCK = re.compile(r"(<!-- numbers: (?P<name>[\w-]+) -->\n).*?(<!-- /numbers -->)", re.DOTALL)
+EXACT = "mpt exact (split)"
+
+
+def filled(text: str, results: Path = RESULTS) -> str:
+    """`text` with every block made anew from the results. KeyError where a block's name is none of `NUMBERS`."""
+    return BLOCK.sub(lambda block: f"{block[1]}{number(block['name'], results)}\n{block[3]}", text)
+
+
+def number(name: str, results: Path = RESULTS) -> str:
+    """What is to stand in the block of that name."""
+    file, make = NUMBERS[name]
+    path = results / f"{file}.json"
+    if not path.exists():
+        return f"Not measured yet: `python -m benchmarks.{MODULES.get(file, file)}`."
+    return make(json.loads(path.read_text(encoding="utf-8")))
+
+
+def memory(result: dict[str, Any]) -> str:
+    """Peaks as a share of FP32's, a row for a network."""
+    precisions = [row["precision"] for row in next(iter(result["cases"].values()))["rows"]]
+    rows = []
+    for network, case in result["cases"].items():
+        shares = {row["precision"]: row["share_of_32_true"] for row in case["rows"]}
+        fp32 = next(row["peak_bytes"] for row in case["rows"] if row["precision"] == "32-true")
+        rows.append([network, f"{fp32 / 2**20:.0f} MiB", *(f"{shares[name]:.3f}" for name in precisions[1:])])
+    return table(["peak of a step", "`32-true`", *(f"`{name}`" for name in precisions[1:])], rows) + source(result)
+
+
+def step_time(result: dict[str, Any]) -> str:
+    """Steps against fused FP32 AdamW, a row for a way to step, a column for a model."""
+    timed: dict[str, dict[str, str]] = {}
+    for row in result["time"]:
+        model = f"{row['parameters'] / 1e6:.0f}M in {row['tensors']} tensors, {row['device'].upper()}"
+        timed.setdefault(row["case"], {})[model] = f"{row['times_the_reference']:.2f}"
+    models = list(next(iter(timed.values())))
+    rows = [[case, *(by_model.get(model, "") for model in models)] for case, by_model in timed.items()]
+    return table(["a step, times torch's fused FP32 AdamW", *models], rows) + source(result)
+
+
+def held(result: dict[str, Any]) -> str:
+    """Bytes that the allocator holds per parameter, and what a step takes on top."""
+    rows = [
+        [
+            row["model"],
+            row["case"],
+            f"{row['expected_bytes_per_parameter']:.2f}",
+            f"{row['held_bytes_per_parameter']:.2f}",
+            f"{row['extra_share']:.1%}",
+        ]
+        for row in result["memory"]
+    ]
+    return table(["model", "step", "bytes per parameter", "measured", "a step adds"], rows) + source(result)
+
+
+def step_range(result: dict[str, Any]) -> str:
+    """In words: what a step of ours costs on a CPU, by masters."""
+
+    def span(case: str) -> str:
+        large = [row for row in result["time"] if row["device"] == "cpu" and row["case"] == case]
+        times = [row["times_the_reference"] for row in large if 100 <= row["tensors"] < 200]  # the GPTs
+        return f"{min(times):.1f} to {max(times):.1f}"
+
+    small = max(row["times_the_reference"] for row in result["time"] if row["case"] == EXACT and row["device"] == "cpu")
+    return (
+        f"A step there takes {span(EXACT)} times torch's fused FP32 AdamW (`float32` masters: "
+        f"{span('mpt float32 masters')}; up to {small:.1f} over many small tensors), a few per cent of a training step.\n"
+        "`compact` takes many times more: it trades time on a CPU for memory. The update for CPUs is written to be\n"
+        "right, the fast one is for the GPU."
+    )
+
+
+def accuracy(result: dict[str, Any]) -> str:
+    """Validation losses by precision, against FP32's own seeds."""
+    rows = []
+    for row in result["summary"]:
+        is_reference = row["precision"] == row["reference"]
+        rows.append(
+            [
+                f"`{row['precision']}`",
+                f"{row['mean']:.4f}",
+                f"{row['lowest']:.4f} to {row['highest']:.4f}",
+                "" if is_reference else f"{row['mean_difference']:+.4f}",
+                "" if is_reference else ("yes" if row["within_the_references_spread"] else "no"),
+            ]
+        )
+    seeds = result["summary"][0]["seeds"]
+    head = ["precision", "nats per byte", f"{seeds} seeds", "against FP32", "within FP32's spread"]
+    run = result["runs"][0]
+    products = result["environment"].get("half_products", "")
+    note = f"\n\nThe example's GPT, `{run['size']}`, {run['steps']} steps. Half products: {products}."
+    return table(head, rows) + note + source(result)
+
+
+def profiler(result: dict[str, Any]) -> str:
+    """How far peaks are off, ours and torch's MemTracker's."""
+    rows = [
+        [
+            row["network"],
+            f"{row['allocator_bytes'] / 2**20:.1f} MiB",
+            f"{row['recorder_error']:.2%}",
+            f"{row['tracker_error']:.2%}",
+        ]
+        for row in result["peak"]
+    ]
+    return table(["network", "the allocator's peak", "here", "torch's MemTracker"], rows) + source(result)
+
+
+def estimate(result: dict[str, Any]) -> str:
+    """How far estimates are off, and what the large one takes."""
+    worst = max(abs(error) for row in result["rows"] for error in row["errors"].values())
+    lines = [
+        f"{len(result['rows'])} pairs of network and precision: no category further off than {worst:.4%} of the peak."
+    ]
+    return "\n".join(lines) + source(result)
+
+
+NUMBERS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "memory": ("memory_cpu", memory),
+    "step-time": ("step_time", step_time),
+    "step-range": ("step_time", step_range),
+    "held": ("step_time", held),
+    "accuracy": ("accuracy_cpu", accuracy),
+    "profiler": ("profiler_cpu", profiler),
+    "estimate": ("estimate_cpu", estimate),
+}
+MODULES = {"memory_cpu": "memory", "accuracy_cpu": "accuracy", "profiler_cpu": "profiler", "estimate_cpu": "estimate"}
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def source(result: dict[str, Any]) -> str:
+    """Where a number is from."""
+    where = result["environment"]
+    device = where["gpu"]["name"] if where["gpu"] else f"{where['cpu']}, {where['cpu_threads']} threads"
+    return (
+        f"\n\n{device}, torch {where['versions']['torch']}, commit {where['commit'][:10]}, {where['date'][:10]}: "
+        f"`{where['command']}`"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Fill in the pages. Returns 1 where `--check` finds one that is not what the results say."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.numbers", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, and tell which pages are out of date")
+    arguments = parser.parse_args(argv)
+    stale = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        if (now := filled(text)) != text:
+            stale.append(page.relative_to(ROOT))
+            if not arguments.check:
+                page.write_text(now, encoding="utf-8")
+    for page in stale:
+        print(f"{page}: {'not what the results say' if arguments.check else 'filled in'}")
+    return 1 if arguments.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
