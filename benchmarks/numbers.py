@@ -84,9 +84,9 @@ def step_range(result: dict[str, Any]) -> str:
     small = max(row["times_the_reference"] for row in result["time"] if row["case"] == EXACT and row["device"] == "cpu")
     return (
         f"A step there takes {span(EXACT)} times torch's fused FP32 AdamW (`float32` masters: "
-        f"{span('mpt float32 masters')}; up to {small:.1f} over many small tensors), a few per cent of a training step.\n"
-        "`compact` takes many times more: it trades time on a CPU for memory. The update for CPUs is written to be\n"
-        "right, the fast one is for the GPU."
+        f"{span('mpt float32 masters')}; up to {small:.1f} over many small tensors), a few per cent of a training\n"
+        "step. `compact` takes many times more: it trades time on a CPU for memory. The update for CPUs is written\n"
+        "to be right, the fast one is for the GPU."
     )
 
 
