@@ -120,13 +120,13 @@ class GradientHistogram(Callback):
     def on_before_optimizer_step(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: Optimizer
     ) -> None:
-        # Here gradients are unscaled: by Lightning's own precisions, and by ours as they are read.
         if not self._sampling:
             return
+        scale = step_scale(trainer, optimizer)
         stepped = {parameter for group in optimizer.param_groups for parameter in group["params"]}
         for name, parameter in pl_module.named_parameters():
             if parameter in stepped and parameter.grad is not None:
-                self._count("weights", name.rpartition(".")[0], parameter.grad)
+                self._count("weights", name.rpartition(".")[0], parameter.grad, scale)
 
     @override
     def on_train_batch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *_: Any) -> None:
@@ -199,8 +199,20 @@ class GradientHistogram(Callback):
 
 
 def backward_scale(trainer: "pl.Trainer") -> Tensor | None:
-    """What the loss of the backward that runs is multiplied by: float32 without dimensions, on the device; or None."""
-    plugin = trainer.precision_plugin
-    ours: Tensor | None = getattr(plugin, "_gradients_scale", None)
-    scaler = getattr(plugin, "scaler", None)  # of 16-mixed
+    """What gradients are multiplied by within backward: float32 without dimensions, on the device; None for 1."""
+    scaler = _grad_scaler(trainer)
+    ours: Tensor | None = getattr(trainer.precision_plugin, "_gradients_scale", None)
     return ours if scaler is None else scaler._scale
+
+
+def step_scale(trainer: "pl.Trainer", optimizer: Optimizer) -> Tensor | None:
+    """And what before the step: nothing, as our gradients are unscaled as they are read, and `16-mixed` has unscaled
+    its own, unless the optimizer does that itself (torch's fused ones)."""
+    scaler = _grad_scaler(trainer)
+    unscales = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return scaler._scale if scaler is not None and unscales else None
+
+
+def _grad_scaler(trainer: "pl.Trainer") -> Any:
+    """The `torch.amp.GradScaler` of `16-mixed`, or None. Its `get_scale()` would wait for the device."""
+    return getattr(trainer.precision_plugin, "scaler", None)

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.precision import MixedPrecision
 from rich.console import Console
 from torch import Tensor, nn
-from training import Classifier, classification, fit, mlp
+from training import Classifier, adamw, classification, fit, mlp
 
 from lightning_mpt import ConstantLossScale, DynamicLossScale, GradientHistogram, MasterWeightPrecision
 from lightning_mpt.exponents import HIGHEST, LOWEST, ExponentCounter, ExponentHistogram
@@ -237,6 +238,18 @@ def test_scaled_half_gradients_are_counted_as_the_true_ones_of_fp32(plugin: Mast
         for path in expected:
             assert distance(expected[path], seen[path]) < DISTANCE, (kind, path)
     assert ours.constant_scale == reference.constant_scale
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_under_mixed_precision_true_gradients_are_counted_too(fused: bool) -> None:
+    """Its GradScaler unscales before a plain optimizer's step, and within a fused one's."""
+    reference, mixed = histogram(activations=True), histogram(activations=True)
+    fit(Classifier(mlp(), adamw(fused=fused)), classification(4), callbacks=[reference])
+    plugin: Any = MixedPrecision("16-mixed", "cpu")
+    fit(Classifier(mlp(), adamw(fused=fused)), classification(4), plugin, callbacks=[mixed])
+    for kind in ("weights", "activations"):
+        for path, expected in getattr(reference, kind).items():
+            assert distance(expected, getattr(mixed, kind)[path]) < DISTANCE, (kind, path)
 
 
 def test_weights_are_counted_as_the_gradients_of_the_step_say() -> None:
