@@ -1,6 +1,7 @@
 """Half-precision training with FP32 master weights for PyTorch Lightning."""
 
 from .fabric import FabricMasterWeightPrecision
+from .gradient_histogram import GradientHistogram
 from .loss_scale import ConstantLossScale, DynamicLossScale
 from .optimizer import MasterAdamW
 from .precision import MasterWeightPrecision
@@ -11,6 +12,7 @@ __all__ = [
     "ConstantLossScale",
     "DynamicLossScale",
     "FabricMasterWeightPrecision",
+    "GradientHistogram",
     "MasterAdamW",
     "MasterWeightPrecision",
 ]
