@@ -19,7 +19,7 @@ def commands() -> list[str]:
 def test_two_commands_set_up_and_run_everything() -> None:
     assert commands() == [
         'pip install -e ".[examples]" && python examples/train_gpt.py',
-        'pip install -e ".[dev]" && python -m pytest',
+        'pip install -e ".[dev]" && python -m pytest -n auto --dist loadfile',
     ]
 
 
