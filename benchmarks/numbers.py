@@ -112,6 +112,26 @@ def accuracy(result: dict[str, Any]) -> str:
     return table(head, rows) + note + source(result)
 
 
+def ablation(result: dict[str, Any]) -> str:
+    """What is lost without each part, and whether the loss shows it."""
+    rows = []
+    for row in result["summary"]:
+        lost = "" if row["vanished_updates"] is None or "masters" not in row["without"] else row["vanished_updates"]
+        rows.append(
+            [
+                row["case"],
+                f"{row['loss']:.4f}",
+                f"{row['above_fp32']:+.4f}",
+                "" if row["shows"] is None else ("yes" if row["shows"] else "no"),
+                f"{row['zero_activation_gradients']:.1%}",
+                lost and f"{lost:.1%}",
+                f"{row['skipped_steps']:g}",
+            ]
+        )
+    head = ["run", "nats per byte", "against FP32", "shows", "gradients that are 0", "updates lost", "skipped"]
+    return table(head, rows) + source(result)
+
+
 def preset_cost(result: dict[str, Any]) -> str:
     """In words: what each preset costs in accuracy."""
     rows = {row["precision"]: row for row in result["summary"]}
@@ -154,11 +174,18 @@ NUMBERS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "step-range": ("step_time", step_range),
     "held": ("step_time", held),
     "accuracy": ("accuracy_cpu", accuracy),
+    "ablation": ("ablation_cpu", ablation),
     "preset-cost": ("accuracy_cpu", preset_cost),
     "profiler": ("profiler_cpu", profiler),
     "estimate": ("estimate_cpu", estimate),
 }
-MODULES = {"memory_cpu": "memory", "accuracy_cpu": "accuracy", "profiler_cpu": "profiler", "estimate_cpu": "estimate"}
+MODULES = {
+    "memory_cpu": "memory",
+    "accuracy_cpu": "accuracy",
+    "profiler_cpu": "profiler",
+    "estimate_cpu": "estimate",
+    "ablation_cpu": "ablation",
+}
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
