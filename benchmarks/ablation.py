@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from benchmarks.ablation_pictures import draw
-from benchmarks.common import RESULTS, ROOT, environment, write_result
+from benchmarks.common import RESULTS, ROOT, SILENT, environment, write_result
 from benchmarks.half_products import HalfProducts
 from benchmarks.half_sums import HalfSums
 from examples.train_gpt import GPTModule, Windows, quiet_lightning, read_standard_library
@@ -154,10 +154,7 @@ def train(case: Case, seed: int, steps: int, picture: Path | None = None) -> dic
         max_epochs=1,
         gradient_clip_val=1.0,
         callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **SILENT,
         num_sanity_val_steps=0,
         plugins=[] if plugin is None else [plugin],
     )

@@ -21,6 +21,13 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+SILENT = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+    "enable_progress_bar": False,
+}
+"""What a Trainer is told that is to train and nothing else."""
 PACKAGES = ("lightning-mpt", "torch", "lightning", "transformers", "triton")
 
 

@@ -17,7 +17,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from benchmarks.common import Timing, cuda_clock, gpt_shapes, interleave
+from benchmarks.common import SILENT, Timing, cuda_clock, gpt_shapes, interleave
 from benchmarks.contenders import (
     UNDER_AUTOCAST,
     Step,
@@ -83,10 +83,7 @@ def train(length: str, precision: str) -> dict[str, Any]:
         gradient_clip_val=None if precision.endswith(":minimal") else 1.0,
         callbacks=[clock],
         profiler=profiler,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
+        **SILENT,
         limit_val_batches=0,
         **trainer_arguments(precision),
     )
@@ -203,10 +200,7 @@ def trace() -> dict[str, Any]:
             devices=1,
             max_epochs=1,
             profiler=profiler,
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=False,
+            **SILENT,
             limit_val_batches=0,
             **trainer_arguments("mpt-16-true"),
         )

@@ -27,7 +27,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.common import RESULTS, ROOT, environment, without_paths, write_result
+from benchmarks.common import RESULTS, ROOT, SILENT, environment, without_paths, write_result
 from examples.train_gpt import quiet_lightning
 from lightning_mpt.cli.estimate import estimate
 from lightning_mpt.precisions import trainer_arguments
@@ -162,10 +162,7 @@ def measured(precision: str, case: Case) -> MemoryReport:
         accelerator="cpu",
         max_steps=2,
         profiler=profiler,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
+        **SILENT,
         **trainer_arguments(precision),
     )
     with nullcontext() if case.onednn else without_onednn():

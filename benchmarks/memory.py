@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from benchmarks.common import RESULTS, ROOT, environment, without_paths, write_result
+from benchmarks.common import RESULTS, ROOT, SILENT, environment, without_paths, write_result
 from examples.train_gpt import quiet_lightning
 from lightning_mpt.precisions import trainer_arguments
 from lightning_mpt.profiler import MemoryProfiler
@@ -119,10 +119,7 @@ def measure(precision: str, case: Case) -> dict[str, Any]:
         accelerator="cpu",
         max_epochs=1,
         profiler=profiler,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
+        **SILENT,
         **trainer_arguments(precision),
     )
     trainer.fit(module, DataLoader(samples, batch_size=case.batch_size))

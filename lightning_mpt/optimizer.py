@@ -214,10 +214,10 @@ class MasterAdamW(MasterOptimizer, AdamW):
 
     def _still_holds(self, slot: Slot, parameter: Tensor, amsgrad: bool) -> bool:
         """Whether a slot of an earlier step is still what `_new_slot` would make."""
-        state = self.state.get(parameter, {})
+        state, held = self.state.get(parameter, {}), local(parameter)
         return (
-            slot.weight.data_ptr() == local(parameter).data_ptr()
-            and slot.weight.stride() == local(parameter).stride()
+            slot.weight.data_ptr() == held.data_ptr()
+            and slot.weight.stride() == held.stride()
             and (slot.master is None or self.masters.holds(parameter, slot.master))
             and state.get("step") is slot.step
             and state.get("exp_avg") is slot.exp_avg.codes

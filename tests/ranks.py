@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 TESTS = Path(__file__).parent
 TIMEOUT_S = 300
@@ -56,6 +57,21 @@ def run(target: str, folder: Path, ranks: int = 2) -> list[Any]:
     for rank, code in enumerate(codes):
         assert code == 0, f"rank {rank} ended with status {code}:\n" + (folder / f"rank{rank}.log").read_text()[-3000:]
     return [torch.load(folder / f"rank{rank}.pt", map_location="cpu", weights_only=True) for rank in range(ranks)]
+
+
+def assert_all_skipped_one_step(ranks: list[dict[str, Any]]) -> None:
+    """In the case `poisoned`: the third step, and the scale of 2**10 was halved."""
+    for rank in ranks:
+        result = rank["poisoned"]
+        assert result["skipped"] == 1
+        assert result["scale"] == 2.0**9
+        before, skipped, after = result["seen"][1:4]
+        assert torch.equal(before, skipped)
+        assert not torch.equal(skipped, after)
+
+
+def flat(weights: dict[str, Tensor]) -> Tensor:
+    return torch.cat([weight.flatten() for weight in weights.values()])
 
 
 def main(target: str, folder: Path) -> None:
