@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from .kernels import Kernel, kernel_for
 from .kernels.slots import GradientTransform
 from .masters import MasterWeights
-from .shards import Layout, layout, local, over_all_shards
+from .shards import Layout, found_anywhere, layout, local, norm_over_shards
 
 
 class Scan(NamedTuple):
@@ -64,19 +64,14 @@ class MasterOptimizer(Optimizer):
         alike: dict[tuple[torch.device, Layout | None], list[Tensor]] = {}
         for gradient in gradients:
             alike.setdefault((gradient.device, layout(gradient)), []).append(local(gradient))
-        found: list[Tensor] = []
-        norms: list[Tensor] = []
-        for (device, spread), held in alike.items():
-            found_inf, part = self._scan(device, held, norm=norm)
-            found_inf, part = over_all_shards(spread, found_inf, part)
-            found.append(found_inf)
-            norms += [] if part is None else [part]
-        if not found:
+        if not alike:
             return Scan(*self._scan(next(self.parameters()).device, [], norm=norm))
-        device = gradients[0].device
-        found_inf = torch.stack([one.to(device) for one in found]).amax()
-        whole = torch.linalg.vector_norm(torch.stack([one.to(device) for one in norms])) if norm else None
-        return Scan(found_inf, whole)
+        scans = {key: self._scan(key[0], held, norm=norm) for key, held in alike.items()}
+        first = gradients[0].device
+        found_inf = torch.stack([found.to(first) for found, _ in scans.values()]).amax()
+        found_inf = found_anywhere(found_inf, [spread for _, spread in scans])
+        norms = [norm_over_shards(part, key[1]).to(first) for key, (_, part) in scans.items() if part is not None]
+        return Scan(found_inf, torch.linalg.vector_norm(torch.stack(norms)) if norm else None)
 
     def _scan(self, device: torch.device, gradients: list[Tensor], *, norm: bool) -> tuple[Tensor, Tensor | None]:
         """The same of what is here, on one device; there may be nothing."""

@@ -5,7 +5,7 @@ only what is told of *all* gradients goes over the wire: whether one is not fini
 masters and optimizer state are DTensors again, laid out as their parameter.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -68,27 +68,29 @@ def replace(parameter: Tensor, value: Tensor) -> None:
         torch.utils.swap_tensors(parameter, nn.Parameter(value, parameter.requires_grad))
 
 
-def over_all_shards(spread: Layout | None, found_inf: Tensor, norm: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """What was found among the gradients of one layout in this process, over all processes.
+def found_anywhere(found_inf: Tensor, spreads: Iterable[Layout | None]) -> Tensor:
+    """Whether something was found in any process that has a part in these layouts.
 
     Args:
-        spread: the gradients' layout. None: nothing is to do.
-        found_inf: float32, no dimensions; 1 if an element is not finite.
-        norm: the Euclidean norm, the same, or None.
-
-    Returns:
-        Both over all elements. Every process of the mesh must call this.
+        found_inf: float32, no dimensions; 1 if an element of any layout is not finite here. Not changed.
+        spreads: the layouts of all gradients. Every process must give them in the same order.
     """
+    for mesh in dict.fromkeys(spread.mesh for spread in spreads if spread is not None):
+        found_inf = found_inf.clone()
+        for group in mesh.get_all_groups():
+            torch.distributed.all_reduce(found_inf, torch.distributed.ReduceOp.MAX, group)
+    return found_inf
+
+
+def norm_over_shards(norm: Tensor, spread: Layout | None) -> Tensor:
+    """The Euclidean norm of whole tensors of one layout, from that of what this process holds of them (not changed)."""
     if spread is None:
-        return found_inf, norm
-    found_inf = found_inf.clone()
-    squares = None if norm is None else norm.square()
+        return norm
+    squares = norm.square()
     for dimension, placement in enumerate(spread.placements):
-        group = spread.mesh.get_group(dimension)
-        torch.distributed.all_reduce(found_inf, torch.distributed.ReduceOp.MAX, group)
-        if squares is not None and not placement.is_replicate():
-            torch.distributed.all_reduce(squares, group=group)
-    return found_inf, None if squares is None else squares.sqrt()
+        if not placement.is_replicate():
+            torch.distributed.all_reduce(squares, group=spread.mesh.get_group(dimension))
+    return squares.sqrt()
 
 
 def any_sharded(tensors: Sequence[Tensor]) -> bool:

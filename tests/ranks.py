@@ -59,10 +59,10 @@ def run(target: str, folder: Path, ranks: int = 2) -> list[Any]:
     return [torch.load(folder / f"rank{rank}.pt", map_location="cpu", weights_only=True) for rank in range(ranks)]
 
 
-def assert_all_skipped_one_step(ranks: list[dict[str, Any]]) -> None:
-    """In the case `poisoned`: the third step, and the scale of 2**10 was halved."""
+def assert_all_skipped_one_step(ranks: list[dict[str, Any]], case: str = "poisoned") -> None:
+    """The third step, and the scale of 2**10 was halved."""
     for rank in ranks:
-        result = rank["poisoned"]
+        result = rank[case]
         assert result["skipped"] == 1
         assert result["scale"] == 2.0**9
         before, skipped, after = result["seen"][1:4]

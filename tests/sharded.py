@@ -49,6 +49,20 @@ class Sharded(PerRank):
         self.inside["state_numel"] = sum(t.numel() for t in held if t.dim())
 
 
+class LastLayerWhole(Sharded):
+    """Only the other layers are sharded. On the second rank, the third gradient of the last bias is inf."""
+
+    def configure_model(self) -> None:
+        for layer in self.net[:-1]:
+            if isinstance(layer, nn.Linear):
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+    def backward(self, loss: torch.Tensor) -> None:
+        super().backward(loss)
+        if self.global_rank == 1 and len(self.seen) == 2:
+            self.net[-1].bias.grad.fill_(float("inf"))
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
@@ -94,6 +108,8 @@ def everything(rank: int, folder: Path) -> dict[str, Any]:
     _, results["compact"] = train(rank, plugin, Sharded(net(0)))
     plugin = MasterWeightPrecision("16-true", loss_scale=DynamicLossScale(2.0**10))
     _, results["poisoned"] = train(rank, plugin, Sharded(net(0), poisoned=2 if rank == 1 else None))
+    plugin = MasterWeightPrecision("16-true", loss_scale=DynamicLossScale(2.0**10))
+    _, results["poisoned, one gradient"] = train(rank, plugin, LastLayerWhole(net(0)))
     sgd = Sharded(net(0), lambda module: torch.optim.SGD(module.parameters(), 0.1, momentum=0.9))
     _, results["sgd"] = train(rank, MasterWeightPrecision("16-true"), sgd)
     try:

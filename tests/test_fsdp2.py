@@ -93,6 +93,10 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(ranks: list[dict[str, Any
     assert_all_skipped_one_step(ranks)
 
 
+def test_an_overflow_in_an_unsharded_gradient_of_one_rank_skips_the_step_on_all(ranks: list[dict[str, Any]]) -> None:
+    assert_all_skipped_one_step(ranks, "poisoned, one gradient")
+
+
 @pytest.mark.parametrize("file", ["whole", "sharded"])
 def test_a_run_of_two_ranks_resumes_bit_for_bit(ranks: list[dict[str, Any]], file: str) -> None:
     stopped, whole = ranks[0][f"stopped, {file}"], ranks[0]["never stopped"]
