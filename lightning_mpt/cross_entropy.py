@@ -66,11 +66,7 @@ class _RowLosses(torch.autograd.Function):
         losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
         log_sums = torch.empty_like(losses)
         for rows in _some_rows(logits):
-            fp32 = logits[rows].float()
-            log_sums[rows] = fp32.logsumexp(1)
-            # nll_loss picks the target's logit, and checks the target as F.cross_entropy does.
-            picked = F.nll_loss(fp32, target[rows], ignore_index=ignore_index, reduction="none")
-            losses[rows] = torch.where(target[rows] == ignore_index, picked, log_sums[rows] + picked)
+            losses[rows], log_sums[rows] = _losses_of(logits[rows].float(), target[rows], ignore_index)
         ctx.save_for_backward(logits, target, log_sums)
         ctx.ignore_index = ignore_index
         return losses
@@ -85,9 +81,19 @@ class _RowLosses(torch.autograd.Function):
             return ((logits.float().softmax(1) - one_hot) * gradient[:, None]).to(logits.dtype), None, None
         result = torch.empty_like(logits)
         for rows in _some_rows(logits):
-            fp32 = logits[rows].float().sub_(log_sums[rows, None]).exp_().mul_(gradient[rows, None])
-            result[rows] = fp32.scatter_add_(1, target[rows, None], -gradient[rows, None])
+            softmax = logits[rows].float().sub_(log_sums[rows, None]).exp_()
+            result[rows] = softmax.mul_(gradient[rows, None]).scatter_add_(1, target[rows, None], -gradient[rows, None])
+            del softmax  # before the next rows' is made
         return result, None, None
+
+
+def _losses_of(fp32: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Each row's loss and its log of the sum of exponentials. `fp32` is written over: nothing as large is made."""
+    # nll_loss picks the target's logit, and checks the target as F.cross_entropy does.
+    picked = F.nll_loss(fp32, target, ignore_index=ignore_index, reduction="none")
+    largest = fp32.amax(1)
+    log_sums = fp32.sub_(largest[:, None]).exp_().sum(1).log_().add_(largest)
+    return torch.where(target == ignore_index, picked, log_sums + picked), log_sums
 
 
 def _some_rows(logits: Tensor) -> Any:

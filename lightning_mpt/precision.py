@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -93,6 +94,7 @@ class MasterWeightPrecision(MasterWeightPipeline, Precision):
         self._callbacks = [ReloadMasters(self._reload_masters), LogMetrics(self._skips)]
         self._averages = AveragedMasters()
         self._shows_true_gradients = False
+        self._old_gradients_wanted = True
 
     @contextmanager
     def true_gradients(self) -> Generator[None, None, None]:
@@ -206,6 +208,7 @@ class MasterWeightPrecision(MasterWeightPipeline, Precision):
         if self._adopted:
             reload, metrics = self._callbacks
             callbacks += [reload] if module.trainer.barebones else [reload, metrics]  # nothing is logged there
+        self._old_gradients_wanted = _wants_old_gradients(module, callbacks)
         if module.automatic_optimization and self._release is None:  # there, the rest of a step is done
             for config in lr_schedulers:
                 if config.interval == "step":
@@ -247,6 +250,10 @@ class MasterWeightPrecision(MasterWeightPipeline, Precision):
         closure: Callable[[], Any],
         **kwargs: Any,
     ) -> Any:
+        if not self._old_gradients_wanted and model.trainer.accumulate_grad_batches == 1:
+            # The closure lets them go after forward. Where forward ends in the step's peak, they would be part of it.
+            for parameter in optimizer.parameters():
+                parameter.grad = None
         result = closure()
         with default_dtype(torch.float32):  # in manual optimization this is within the training step, and half
             with self.true_gradients():
@@ -266,3 +273,13 @@ class MasterWeightPrecision(MasterWeightPipeline, Precision):
         """Take over the loss scale of a file that `16-mixed` saved."""
         if scaler := checkpoint.get("MixedPrecision"):
             self._load_scale({"scale": scaler["scale"], "growth_tracker": scaler["_growth_tracker"]})
+
+
+def _wants_old_gradients(module: pl.LightningModule, callbacks: Sequence[pl.Callback]) -> bool:
+    """Whether the loop is the user's, or a hook sees the last step's gradients between forward and backward."""
+    return (
+        not module.automatic_optimization
+        or is_overridden("on_before_zero_grad", module)
+        or is_overridden("optimizer_zero_grad", module)
+        or any(is_overridden("on_before_zero_grad", callback, pl.Callback) for callback in callbacks)
+    )

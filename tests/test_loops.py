@@ -201,6 +201,39 @@ def test_a_part_of_the_loop_trains_as_in_fp32(precision: Any, options: dict[str,
     assert runs[1][2] == pytest.approx(runs[0][2], rel=CLOSE[precision])
 
 
+class GradientsInForward(Classifier):
+    """Notes whether the last step's gradients are there at the end of forward."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(net)
+        self.there: list[bool] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        loss = super().training_step(batch, batch_idx)
+        self.there.append(any(parameter.grad is not None for parameter in self.parameters()))
+        return loss
+
+
+def test_the_last_steps_gradients_take_no_memory_in_forward_unless_a_hook_looks_at_them() -> None:
+    class Watched(GradientsInForward):
+        def on_before_zero_grad(self, optimizer: Any) -> None:
+            if self.global_step:
+                assert all(parameter.grad is not None for parameter in self.parameters())
+
+    class Callback(L.Callback):
+        def on_before_zero_grad(self, trainer: Any, module: L.LightningModule, optimizer: Any) -> None:
+            if module.global_step:
+                assert all(parameter.grad is not None for parameter in module.parameters())
+
+    runs = []
+    for kind, callbacks in ((GradientsInForward, []), (Watched, []), (GradientsInForward, [Callback()])):
+        module = kind(mlp())
+        trainer(MasterWeightPrecision("bf16-true"), callbacks=callbacks).fit(module, loader(classification(4)))
+        runs.append(module)
+    assert [module.there for module in runs] == [[False] * 4, [False, True, True, True], [False, True, True, True]]
+    assert runs[0].losses == runs[1].losses == runs[2].losses
+
+
 def test_one_trainer_and_its_plugin_train_one_module_after_the_other() -> None:
     plugin = MasterWeightPrecision("16-true")
     ours = trainer(plugin)
