@@ -29,6 +29,7 @@ from .numerics import FP32Losses, default_dtype, fp32_sums
 from .optimizer import MasterAdamW
 from .replicas import share_masters
 from .schedules import HeldSchedules
+from .shards import local
 from .skips import SkippedSteps
 from .storage import master_storage, moment_storage
 
@@ -209,10 +210,21 @@ class MasterWeightPipeline:
                 converted.narrow_gradients()
             else:
                 converted.widen_gradients()
+        if len(self._adopted) > 1 and self._gradients_scale is not self._loss_scale.scale:
+            self._rescale_kept_gradients()
         self._gradients_scale = self._loss_scale.scale
         self._clips = {optimizer: clip._replace(scan=None) for optimizer, clip in self._clips.items()}  # out of date
         # FP32 first: a scale of 2**16 is inf in float16.
         return loss.float() * self._gradients_scale
+
+    def _rescale_kept_gradients(self) -> None:
+        """Another optimizer's step may have changed the scale since: what waits for more follows it."""
+        ratio = self._loss_scale.scale / self._gradients_scale
+        if self._device_type == "cpu" and ratio == 1:
+            return
+        kept = [local(p.grad) for optimizer in self._adopted for p in optimizer.parameters() if p.grad is not None]
+        if kept:
+            torch._foreach_mul_(kept, ratio)
 
     def _update(
         self,

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
 from training import Classifier, adamw, classification, fit, loader, mlp, trainer
 
-from lightning_mpt import MasterWeightPrecision
+from lightning_mpt import DynamicLossScale, MasterWeightPrecision
 
 HALVES = ["16-true", "bf16-true"]
 CLOSE = {"16-true": 0.001, "bf16-true": 0.01}
@@ -127,6 +127,29 @@ def test_an_overflow_of_one_optimizer_leaves_the_others_step_right() -> None:
     F.cross_entropy(expected(batch[0]), batch[1]).backward()
     torch.optim.SGD(expected.parameters(), lr=1.0).step()
     torch.testing.assert_close(module.b.state_dict(), expected.state_dict(), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("overflows", [True, False])
+def test_gradients_that_wait_follow_a_scale_that_another_optimizer_changes(overflows: bool) -> None:
+    def step(module: ByHand, a: Tensor, b: Tensor) -> None:
+        first, second = module.optimizers()  # type: ignore[misc]
+        module.manual_backward(a, retain_graph=True)
+        module.manual_backward(b)
+        if overflows:
+            module.b[0].weight.grad.fill_(float("inf"))
+        second.step()
+        module.manual_backward(a)
+        first.step()
+
+    module = ByHand(step)
+    expected = copy.deepcopy(module.a)
+    (batch,) = classification(1)
+    plugin = MasterWeightPrecision("16-true", loss_scale=DynamicLossScale(2.0**10, growth_interval=1))
+    fit(module, [batch], plugin)
+    assert plugin.skipped_steps == overflows
+    (2 * F.cross_entropy(expected(batch[0]), batch[1])).backward()
+    torch.optim.SGD(expected.parameters(), lr=1.0).step()
+    torch.testing.assert_close(module.a.state_dict(), expected.state_dict(), rtol=0, atol=2e-3)
 
 
 def test_an_optimizer_that_steps_within_the_training_step_makes_its_state_in_fp32() -> None:
