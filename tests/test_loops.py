@@ -13,7 +13,7 @@ from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
-from training import Classifier, adamw, classification, fit, loader, mlp, trainer
+from training import Classifier, Validated, adamw, classification, convnet, fit, loader, mlp, trainer
 
 from lightning_mpt import DynamicLossScale, MasterWeightPrecision
 
@@ -315,3 +315,34 @@ def test_the_tuner_finds_the_largest_batch(tmp_path: Any) -> None:
     assert tuner.scale_batch_size(module, init_val=8, steps_per_trial=1) == 16
     torch.testing.assert_close(module.state_dict(), start, rtol=0, atol=0)
     assert all(type(parameter) is nn.Parameter for parameter in module.parameters())
+
+
+def test_validate_test_and_predict_run_in_half_and_leave_fp32() -> None:
+    class Predicts(Validated):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            seen.append(self(batch[0]).dtype)
+
+        test_step = validation_step
+
+        def predict_step(self, batch: Any) -> Tensor:
+            seen.append(self(batch[0]).dtype)
+            return self(batch[0])
+
+    seen: list[torch.dtype] = []
+    module = Predicts(convnet())
+    start = copy.deepcopy(module.state_dict())
+    for call in ("validate", "test", "predict"):
+        ours = trainer(MasterWeightPrecision("bf16-true"))
+        getattr(ours, call)(module, loader(classification(1)), **({} if call == "predict" else {"verbose": False}))
+    assert seen == [torch.bfloat16] * 3
+    torch.testing.assert_close(module.state_dict(), start, rtol=0, atol=0)
+
+
+def test_training_twice_with_one_trainer_goes_on_from_where_it_was() -> None:
+    module, plugin = Classifier(mlp()), MasterWeightPrecision("bf16-true")
+    ours = fit(module, classification(20), plugin)
+    ours.fit_loop.max_epochs = 3
+    ours.fit(module, loader(classification(20)))
+    assert len(module.losses) == 60
+    assert module.losses[20] < module.losses[0]
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}

@@ -1,50 +1,18 @@
 """MasterAdamW with no Lightning at all."""
 
-import copy
 import gc
-import pickle
 import weakref
 from typing import Any
 
 import pytest
 import torch
+from stepping import HALVES, STORAGES, assert_same, parameters, set_gradients, snapshot, train
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from lightning_mpt import PRESETS, MasterAdamW
 from lightning_mpt.masters import MasterWeights
 from lightning_mpt.profiler import MemoryRecorder
-from lightning_mpt.storage import MOMENT_STORAGES
-
-HALVES = (torch.bfloat16, torch.float16)
-STORAGES = ("split", "float32")
-
-
-def parameters(dtype: torch.dtype, seed: int = 0) -> list[nn.Parameter]:
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [(17, 23), (1,), (64,), ()]
-    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
-
-
-def set_gradients(params: list[nn.Parameter], step: int, scale: float = 1.0) -> None:
-    generator = torch.Generator().manual_seed(100 + step)
-    for parameter in params:
-        parameter.grad = (torch.randn(parameter.shape, generator=generator) * 0.1 * scale).to(parameter.dtype)
-
-
-def train(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], steps: range) -> None:
-    for step in steps:
-        set_gradients(params, step)
-        optimizer.step()
-
-
-def snapshot(optimizer: MasterAdamW, params: list[nn.Parameter]) -> Any:
-    state = [{name: value.clone() for name, value in optimizer.state[p].items()} for p in params]
-    return [p.detach().clone() for p in params], [m.clone() for m in optimizer.master_params()], state
-
-
-def assert_same(a: Any, b: Any) -> None:
-    torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 def test_over_fp32_parameters_it_is_torchs_adamw() -> None:
@@ -93,47 +61,6 @@ def test_updates_below_the_resolution_of_half_add_up_in_the_master(dtype: torch.
     assert torch.equal(theirs, torch.ones(8))
 
 
-@pytest.mark.parametrize("target", STORAGES)
-@pytest.mark.parametrize("source", STORAGES)
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_a_loaded_optimizer_goes_on_bit_for_bit(dtype: torch.dtype, source: str, target: str) -> None:
-    first = parameters(dtype)
-    optimizer = MasterAdamW(first, lr=1e-2, master_weights=source)
-    train(optimizer, first, range(5))
-    saved = copy.deepcopy(optimizer.state_dict())
-    second = parameters(dtype, seed=1)  # other weights: the masters in the file are what counts
-    other = MasterAdamW(second, master_weights=target)
-    other.load_state_dict(saved)
-    assert {value.dtype for state in other.state.values() for value in state.values()} == {torch.float32}
-    train(optimizer, first, range(5, 10))
-    train(other, second, range(5, 10))
-    if dtype == torch.float16 and source != target:
-        # Below 2**-16 a split master keeps less than a plain one.
-        torch.testing.assert_close(snapshot(other, second)[1], snapshot(optimizer, first)[1], rtol=0, atol=2.0**-39)
-    else:
-        assert_same(snapshot(other, second), snapshot(optimizer, first))
-
-
-@pytest.mark.parametrize("optimizer_state", MOMENT_STORAGES)
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_compact_state_is_saved_in_fp32_and_loaded_bit_for_bit(dtype: torch.dtype, optimizer_state: str) -> None:
-    def make(params: Any) -> MasterAdamW:
-        return MasterAdamW(params, lr=1e-2, amsgrad=True, master_weights="split8", optimizer_state=optimizer_state)
-
-    first, second = parameters(dtype), parameters(dtype, seed=1)
-    optimizer, other = make(first), make(second)
-    train(optimizer, first, range(5))
-    saved = copy.deepcopy(optimizer.state_dict())
-    assert set(saved["state"][0]) == {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master"}
-    assert {value.dtype for state in saved["state"].values() for value in state.values()} == {torch.float32}
-    other.load_state_dict(saved)
-    train(optimizer, first, range(5, 10))
-    train(other, second, range(5, 10))
-    assert_same(snapshot(other, second), snapshot(optimizer, first))
-    pickled = pickle.loads(pickle.dumps(optimizer))
-    assert_same(pickled.state_dict()["state"], optimizer.state_dict()["state"])
-
-
 @pytest.mark.parametrize(("preset", "expected"), [("exact", 14), ("compact", 7.1)])
 def test_bytes_per_parameter_are_those_of_the_table(preset: str, expected: float) -> None:
     """Weight, gradient, master and moments of a large parameter; FP32 AdamW has 16."""
@@ -166,56 +93,6 @@ def test_the_triton_kernel_serves_cpu_tensors_where_it_is_asked_for(monkeypatch:
     ours = run()
     assert isinstance(ours._kernel(torch.device("cpu")), TritonKernel)
     torch.testing.assert_close(ours.master_params(), plain.master_params(), rtol=1e-6, atol=1e-8)
-
-
-def test_states_go_to_torchs_adamw_and_come_back() -> None:
-    params = parameters(torch.bfloat16)
-    optimizer = MasterAdamW(params, lr=1e-2)
-    train(optimizer, params, range(3))
-    plain = torch.optim.AdamW([nn.Parameter(master.clone()) for master in optimizer.master_params()])
-    plain.load_state_dict(optimizer.state_dict())
-    assert plain.param_groups[0]["lr"] == 1e-2
-    again = MasterAdamW(parameters(torch.bfloat16))
-    again.load_state_dict(plain.state_dict())
-    for ours, theirs in zip(again.state.values(), optimizer.state.values(), strict=True):
-        assert_same(ours, theirs)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda s: s["state"][0].pop("exp_avg"), r"parameter 0 has .* lacks \['exp_avg'\]: load a state_dict of AdamW"),
-        (lambda s: s["state"][1].update(exp_avg_sq=torch.zeros(3)), r"exp_avg_sq of parameter 1 has shape \(3,\)"),
-        (lambda s: s["state"][2].update(master=torch.zeros(2, 2)), r"master of parameter 2 has shape \(2, 2\)"),
-        (lambda s: s["param_groups"].append(s["param_groups"][0]), "different number of parameter groups"),
-        (lambda s: s["param_groups"][0].pop("betas"), r"group 0 has .* lacks \['betas'\]: load a state_dict of AdamW"),
-        (lambda s: s.pop("param_groups"), r"saved optimizer has \['state'\] and lacks \['param_groups'\]"),
-        (lambda s: s["param_groups"][0].update(amsgrad=True), r"parameter 0 has .* lacks \['max_exp_avg_sq'\]"),
-    ],
-    ids=["key", "shape", "master", "groups", "settings", "no groups", "amsgrad"],
-)
-def test_a_foreign_or_damaged_state_is_refused_and_nothing_changes(damage: Any, message: str) -> None:
-    params = parameters(torch.bfloat16)
-    optimizer = MasterAdamW(params, lr=1e-2)
-    train(optimizer, params, range(3))
-    saved = copy.deepcopy(optimizer.state_dict())
-    damage(saved)
-    before = snapshot(optimizer, params)
-    with pytest.raises(ValueError, match=message):
-        optimizer.load_state_dict(saved)
-    assert_same(snapshot(optimizer, params), before)
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])
-def test_copies_keep_their_masters(copied: Any) -> None:
-    params = parameters(torch.bfloat16)
-    optimizer = MasterAdamW(params, lr=1e-3)
-    train(optimizer, params, range(5))
-    other = copied(optimizer)
-    assert_same(other.master_params(), optimizer.master_params())
-    train(optimizer, params, range(5, 8))
-    train(other, other.param_groups[0]["params"], range(5, 8))
-    assert_same(other.master_params(), optimizer.master_params())
 
 
 def test_masters_given_are_where_it_starts() -> None:

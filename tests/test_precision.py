@@ -9,25 +9,15 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import LearningRateMonitor
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loops.optimization.automatic import Closure
 from lightning.pytorch.utilities.rank_zero import WarningCache
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LinearLR
-from training import Classifier, Validated, adamw, classification, fit, loader, mlp, trainer
+from training import Classifier, classification, convnet, fit, loader, mlp, trainer
 
 from lightning_mpt import PRESETS, DynamicLossScale, MasterWeightPrecision
 
 HALVES = {"16-true": torch.float16, "bf16-true": torch.bfloat16}
-
-
-def convnet() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Unflatten(1, (1, 4, 4)), nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),
-        nn.LayerNorm(128), nn.Linear(128, 4),
-    )  # fmt: skip
 
 
 class Watched(Classifier):
@@ -277,69 +267,6 @@ def test_the_scales_of_a_run_are_those_of_gradscaler_over_the_same_overflows() -
     assert len(set(scales)) > 3
 
 
-@pytest.mark.parametrize("algorithm", ["norm", "value"])
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_clipping_acts_on_true_gradients(algorithm: str, optimizer: str) -> None:
-    """A constant scale of 1024 changes nothing, and SGD's way is bounded by the clipped gradients."""
-    ways = []
-    for scale in (None, 1024.0):
-        configure = adamw() if optimizer == "adamw" else lambda module: torch.optim.SGD(module.parameters(), lr=1.0)
-        module = Classifier(mlp(), configure)
-        start = copy.deepcopy(list(module.parameters()))
-        plugin = MasterWeightPrecision("bf16-true", loss_scale=scale)
-        fit(module, classification(1), plugin, gradient_clip_val=0.01, gradient_clip_algorithm=algorithm)
-        ways.append([(end - begin).detach() for end, begin in zip(module.parameters(), start, strict=True)])
-        assert (plugin.grad_norm is not None) == (algorithm == "norm")
-    torch.testing.assert_close(ways[0], ways[1], rtol=1e-6, atol=1e-9)
-    if optimizer == "sgd":
-        whole = torch.cat([way.flatten() for way in ways[1]])
-        measure = whole.norm() if algorithm == "norm" else whole.abs().max()
-        assert measure.item() == pytest.approx(0.01, rel=1e-3)
-
-
-def test_grad_norm_is_the_norm_of_the_fp32_gradients_before_clipping() -> None:
-    (batch,) = classification(1)
-    net = mlp()
-    reference = copy.deepcopy(net)
-    plugin = MasterWeightPrecision("16-true", loss_scale=512.0)
-    fit(Classifier(net), [batch], plugin, gradient_clip_val=0.1)
-    F.cross_entropy(reference(batch[0]), batch[1]).backward()
-    norm = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in reference.parameters() if p.grad is not None]))
-    assert plugin.grad_norm == pytest.approx(norm.item(), rel=0.01)  # worst seen 1e-3: forward and backward are half
-
-
-def test_accumulation_loses_no_small_addend() -> None:
-    """One gradient of 1 and 64 of 2**-9 are 1.125; added up in bf16 they would stay 1."""
-
-    class Sums(L.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros(8))
-
-        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-            return 65 * (self.weight * batch[0]).float().sum()  # 65: the Trainer takes the mean
-
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), lr=1.0)
-
-    module = Sums()
-    batches = [(torch.full((8,), 1.0 if i == 0 else 2.0**-9),) for i in range(65)]
-    fit(module, batches, MasterWeightPrecision("bf16-true"), accumulate_grad_batches=65)
-    torch.testing.assert_close(module.weight.detach(), torch.full((8,), -1.125), rtol=1e-6, atol=0)
-
-
-def test_gradients_are_half_where_nothing_accumulates() -> None:
-    dtypes = []
-
-    class Looks(Classifier):
-        def on_after_backward(self) -> None:
-            dtypes.append({p.grad.dtype for p in self.parameters() if p.grad is not None})
-
-    for accumulated in (2, 1):
-        fit(Looks(mlp()), classification(6), MasterWeightPrecision("bf16-true"), accumulate_grad_batches=accumulated)
-    assert dtypes == [{torch.bfloat16}, {torch.float32}] * 3 + [{torch.bfloat16}] * 6
-
-
 @pytest.mark.parametrize(
     "optimizer",
     [
@@ -361,103 +288,6 @@ def test_every_optimizer_learns_as_in_fp32(optimizer: Any, precision: str) -> No
         finals.append(sum(module.losses[-10:]) / 10)
         assert finals[-1] < 0.6 * module.losses[0]
     assert finals[1] == pytest.approx(finals[0], rel=0.1)  # worst seen 0.07
-
-
-def test_lbfgs_is_refused_and_the_module_left_as_it_was() -> None:
-    module = Classifier(mlp(), lambda module: torch.optim.LBFGS(module.parameters()))
-    start = copy.deepcopy(module.state_dict())
-    with pytest.raises(ValueError, match=r"LBFGS evaluates the loss many times.*use another optimizer"):
-        fit(module, classification(1), MasterWeightPrecision("16-true"))
-    torch.testing.assert_close(module.state_dict(), start, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("break_it", "error", "message"),
-    [
-        (lambda net: net.double(), TypeError, "0.weight is torch.float64.*64-true"),
-        (lambda net: net[0].weight.data.view(-1)[3].fill_(float("nan")), ValueError, "0.weight holds inf or NaN"),
-        (lambda net: net[2].bias.data.view(-1)[3].fill_(float("inf")), ValueError, "2.bias holds inf or NaN"),
-        (lambda net: net[4].bias.data.view(-1)[3].fill_(-7e4), ValueError, "4.bias holds.*7?0000.*use 'bf16-true'"),
-        (lambda net: net.append(nn.Embedding(3, 3, sparse=True)), ValueError, "5 has sparse=True"),
-    ],
-    ids=["float64", "nan", "inf", "range", "sparse"],
-)
-def test_a_module_that_cannot_be_trained_is_refused_and_left_as_it_was(break_it: Any, error: Any, message: str) -> None:
-    module = Classifier(mlp())
-    break_it(module.net)
-    before = copy.deepcopy(module.state_dict())
-    with pytest.raises(error, match=message):
-        fit(module, classification(1), MasterWeightPrecision("16-true"))
-    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0, equal_nan=True)
-
-
-def test_a_half_module_warns_and_starts_from_its_values() -> None:
-    module = Classifier(mlp().bfloat16(), adamw(0.0, weight_decay=0.0))
-    start = [parameter.detach().float() for parameter in module.parameters()]
-    with pytest.warns(UserWarning, match=r"6 parameters \(net.0.weight first\) were half precision already"):
-        fit(module, classification(1), MasterWeightPrecision("16-true"))
-    torch.testing.assert_close([p.detach() for p in module.parameters()], start, rtol=0, atol=0)
-
-
-def test_one_plugin_in_two_trainers_at_once_is_refused() -> None:
-    plugin = MasterWeightPrecision("bf16-true")
-
-    class Nested(Classifier):
-        def on_train_start(self) -> None:
-            fit(Classifier(mlp()), classification(1), plugin)
-
-    with pytest.raises(RuntimeError, match=r"in use by another Trainer.*give every Trainer its own"):
-        fit(Nested(mlp()), classification(1), plugin)
-
-
-def test_precision_beside_the_plugin_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"Received both `precision=16-mixed` and `plugins="):
-        trainer(MasterWeightPrecision("16-true"), precision="16-mixed")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"precision": "16-mixed"}, r"precision='16-mixed' is not one of '16-true', 'bf16-true'"),
-        ({"precision": 16}, r"precision=16 is not one of"),
-        ({"loss_scale": 0}, r"loss_scale=0 is not a loss scale: use 'auto'"),
-        ({"loss_scale": -2.0}, r"loss_scale=-2.0 is not"),
-        ({"loss_scale": float("nan")}, r"loss_scale=nan is not"),
-        ({"loss_scale": "big"}, r"loss_scale='big' is not"),
-        ({"loss_scale": True}, r"loss_scale=True is not"),
-        ({"master_weights": "fp32"}, r"master_weights='fp32' is not a way.*'float32', 'split'"),
-        ({"optimizer_state": "4bit"}, r"optimizer_state='4bit' is not a way.*'float32'"),
-        ({"fp32_modules": ["LayerNorm"]}, r"fp32_modules=\['LayerNorm'\] must be module types"),
-    ],
-    ids=lambda value: str(value) if isinstance(value, dict) else "",
-)
-def test_wrong_arguments_fail_at_construction(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        MasterWeightPrecision(**arguments)
-
-
-def test_metrics_reach_the_logger_and_the_progress_bar(tmp_path: Any) -> None:
-    ours = fit(
-        Classifier(mlp()), classification(4), MasterWeightPrecision("16-true", loss_scale=64.0),
-        logger=CSVLogger(tmp_path), log_every_n_steps=1,
-    )  # fmt: skip
-    assert ours.progress_bar_metrics["mpt/loss_scale"] == 64.0
-    assert ours.progress_bar_metrics["mpt/skipped_steps"] == 0.0
-    lines = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
-    assert {"mpt/loss_scale", "mpt/skipped_steps"} <= set(lines[0].split(","))
-    assert len(lines) == 1 + 4
-
-
-@pytest.mark.filterwarnings("ignore:.*`dataloader_iter`")  # it is experimental, says Lightning
-def test_metrics_are_logged_of_a_training_step_that_draws_its_own_batches() -> None:
-    class Draws(Classifier):
-        def training_step(self, dataloader_iter: Any) -> Tensor:  # type: ignore[override]
-            batch, batch_idx, _ = next(dataloader_iter)  # as it comes from the loader
-            return super().training_step(plugin.convert_input(batch), batch_idx)  # type: ignore[return-value]
-
-    plugin = MasterWeightPrecision("16-true", loss_scale=64.0)
-    ours = fit(Draws(mlp()), classification(3), plugin)
-    assert ours.progress_bar_metrics["mpt/loss_scale"] == 64.0
 
 
 def test_a_training_step_of_none_changes_nothing_and_counts_as_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -508,37 +338,6 @@ def test_manual_optimization_with_two_optimizers() -> None:
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_validate_test_and_predict_run_in_half_and_leave_fp32() -> None:
-    class Predicts(Validated):
-        def validation_step(self, batch: Any, batch_idx: int) -> None:
-            seen.append(self(batch[0]).dtype)
-
-        test_step = validation_step
-
-        def predict_step(self, batch: Any) -> Tensor:
-            seen.append(self(batch[0]).dtype)
-            return self(batch[0])
-
-    seen: list[torch.dtype] = []
-    module = Predicts(convnet())
-    start = copy.deepcopy(module.state_dict())
-    for call in ("validate", "test", "predict"):
-        ours = trainer(MasterWeightPrecision("bf16-true"))
-        getattr(ours, call)(module, loader(classification(1)), **({} if call == "predict" else {"verbose": False}))
-    assert seen == [torch.bfloat16] * 3
-    torch.testing.assert_close(module.state_dict(), start, rtol=0, atol=0)
-
-
-def test_training_twice_with_one_trainer_goes_on_from_where_it_was() -> None:
-    module, plugin = Classifier(mlp()), MasterWeightPrecision("bf16-true")
-    ours = fit(module, classification(20), plugin)
-    ours.fit_loop.max_epochs = 3
-    ours.fit(module, loader(classification(20)))
-    assert len(module.losses) == 60
-    assert module.losses[20] < module.losses[0]
-    assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
-
-
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("precision", HALVES)
 def test_every_preset_learns_as_in_fp32(preset: str, precision: Any) -> None:
@@ -549,20 +348,6 @@ def test_every_preset_learns_as_in_fp32(preset: str, precision: Any) -> None:
     fit(module, classification(60), MasterWeightPrecision(precision, loss_scale=scale, **PRESETS[preset]))
     assert sum(module.losses[-10:]) == pytest.approx(sum(fp32.losses[-10:]), rel=0.1)
     assert fp32.losses[-1] < 0.7 * fp32.losses[0]
-
-
-def test_a_run_that_only_skips_warns_and_then_stops_with_the_names() -> None:
-    class Broken(Classifier):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return super().training_step(batch, batch_idx) * float("nan")  # type: ignore[operator]
-
-    plugin = MasterWeightPrecision("bf16-true")
-    with (
-        pytest.warns(UserWarning, match=r"25 steps in a row were skipped.*net.0.weight"),
-        pytest.raises(RuntimeError, match=r"100 steps in a row were skipped.*Not finite now: net.0.weight, net.0.bias"),
-    ):
-        fit(Broken(mlp()), classification(120), plugin)
-    assert plugin.skipped_steps == 100
 
 
 def test_autocast_lets_modules_mix_types() -> None:
@@ -589,24 +374,6 @@ def test_named_module_types_stay_fp32_and_their_neighbours_see_half() -> None:
     assert module.seen["output"] == torch.bfloat16
 
 
-def test_a_schedule_with_a_frequency_counts_real_steps_only() -> None:
-    class Breaks(Classifier):
-        def on_before_optimizer_step(self, optimizer: Any) -> None:
-            if self.trainer.global_step % 2:
-                next(self.parameters()).grad.fill_(float("inf"))  # type: ignore[union-attr]
-
-    schedules: list[LinearLR] = []
-
-    def configure(module: L.LightningModule) -> Any:
-        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
-        schedules.append(LinearLR(optimizer, 1.0, 0.1, total_iters=100))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedules[0], "interval": "step", "frequency": 2}}
-
-    fit(Breaks(mlp(), configure), classification(40), MasterWeightPrecision("bf16-true"))
-    assert schedules[0].last_epoch == 10  # 20 real steps
-    assert type(schedules[0]) is LinearLR
-
-
 def test_every_combination_of_storages_and_scales_learns() -> None:
     options = itertools.product(HALVES, ["split", "float32"], [None, 128.0, "dynamic"])
     for precision, master_weights, loss_scale in options:
@@ -624,30 +391,3 @@ def test_a_trainer_with_the_plugin_can_be_pickled_before_fit_and_after() -> None
     copied = pickle.loads(pickle.dumps(ours))
     copied.fit(Classifier(mlp()), loader(classification(2)))
     assert pickle.loads(pickle.dumps(copied.precision_plugin)).loss_scale == 2.0**15
-
-
-def test_adam_resumes_as_adam_with_its_weight_decay_in_the_gradient(tmp_path: Any) -> None:
-    """torch's AdamW, which the update is built on, makes every group that it loads a decoupled one."""
-
-    def module() -> Classifier:
-        return Classifier(mlp(), lambda module: torch.optim.Adam(module.parameters(), lr=1e-2, weight_decay=0.1))
-
-    batches = classification(6)
-    whole, second = module(), module()
-    fit(whole, batches, MasterWeightPrecision("bf16-true"), max_epochs=2)
-    fit(module(), batches, MasterWeightPrecision("bf16-true")).save_checkpoint(tmp_path / "half-way.ckpt")
-    ours = trainer(MasterWeightPrecision("bf16-true"), max_epochs=2)
-    ours.fit(second, loader(batches), ckpt_path=tmp_path / "half-way.ckpt", weights_only=True)
-    assert not ours.optimizers[0].param_groups[0]["decoupled_weight_decay"]
-    assert second.losses == whole.losses[6:]
-
-
-@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD"])
-def test_learning_rates_are_logged_under_the_names_of_the_users_optimizers(name: str, tmp_path: Any) -> None:
-    def configure(module: L.LightningModule) -> Any:
-        return getattr(torch.optim, name)(module.parameters(), lr=1e-2)
-
-    monitor = LearningRateMonitor()
-    options = {"callbacks": [monitor], "logger": CSVLogger(tmp_path), "log_every_n_steps": 1}
-    fit(Classifier(mlp(), configure), classification(2), MasterWeightPrecision("bf16-true"), **options)
-    assert list(monitor.lrs) == [f"lr-{name}"]

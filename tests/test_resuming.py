@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LinearLR
-from training import Classifier, Configure, Resumable, classification, trainer
+from training import Classifier, Configure, Resumable, classification, fit, loader, mlp, trainer
 
 from lightning_mpt import PRESETS, DynamicLossScale, MasterWeightPrecision
 from lightning_mpt.storage import MASTER_STORAGES, MOMENT_STORAGES
@@ -171,3 +171,19 @@ def test_with_two_optimizers_that_the_module_steps_itself(tmp_path: Path) -> Non
 def test_a_schedule_that_waits_for_skipped_steps_goes_on_waiting(tmp_path: Path) -> None:
     """Every second step: it owes a call for two skipped ones, and one of them was before the file."""
     resumes(tmp_path, lambda: plugin("bf16-true"), with_schedule(adamw, frequency=2))
+
+
+def test_adam_resumes_as_adam_with_its_weight_decay_in_the_gradient(tmp_path: Any) -> None:
+    """torch's AdamW, which the update is built on, makes every group that it loads a decoupled one."""
+
+    def module() -> Classifier:
+        return Classifier(mlp(), lambda module: torch.optim.Adam(module.parameters(), lr=1e-2, weight_decay=0.1))
+
+    batches = classification(6)
+    whole, second = module(), module()
+    fit(whole, batches, MasterWeightPrecision("bf16-true"), max_epochs=2)
+    fit(module(), batches, MasterWeightPrecision("bf16-true")).save_checkpoint(tmp_path / "half-way.ckpt")
+    ours = trainer(MasterWeightPrecision("bf16-true"), max_epochs=2)
+    ours.fit(second, loader(batches), ckpt_path=tmp_path / "half-way.ckpt", weights_only=True)
+    assert not ours.optimizers[0].param_groups[0]["decoupled_weight_decay"]
+    assert second.losses == whole.losses[6:]

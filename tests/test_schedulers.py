@@ -164,3 +164,21 @@ def test_several_optimizers_keep_their_own_schedules() -> None:
     module, plugin = Two(), MasterWeightPrecision("bf16-true")
     fit(module, classification(4), plugin)
     assert module.rates == [(0.5, 1.0), (0.25, 1.0), (0.125, 0.1), (0.0625, 0.1)]
+
+
+def test_a_schedule_with_a_frequency_counts_real_steps_only() -> None:
+    class Breaks(Classifier):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            if self.trainer.global_step % 2:
+                next(self.parameters()).grad.fill_(float("inf"))  # type: ignore[union-attr]
+
+    schedules: list[LinearLR] = []
+
+    def configure(module: L.LightningModule) -> Any:
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+        schedules.append(LinearLR(optimizer, 1.0, 0.1, total_iters=100))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedules[0], "interval": "step", "frequency": 2}}
+
+    fit(Breaks(mlp(), configure), classification(40), MasterWeightPrecision("bf16-true"))
+    assert schedules[0].last_epoch == 10  # 20 real steps
+    assert type(schedules[0]) is LinearLR

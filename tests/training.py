@@ -104,6 +104,14 @@ def mlp(*, features: int = 16, width: int = 64, classes: int = 4) -> nn.Module:
     )
 
 
+def convnet() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 4, 4)), nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),
+        nn.LayerNorm(128), nn.Linear(128, 4),
+    )  # fmt: skip
+
+
 def trainer(plugin: MasterWeightPrecision | None = None, **options: Any) -> L.Trainer:
     """A silent Trainer on the CPU, for one epoch if nothing else is said."""
     defaults: dict[str, Any] = {
