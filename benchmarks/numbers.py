@@ -161,11 +161,26 @@ def profiler(result: dict[str, Any]) -> str:
 
 def estimate(result: dict[str, Any]) -> str:
     """How far estimates are off, and what the large one takes."""
-    worst = max(abs(error) for row in result["rows"] for error in row["errors"].values())
-    lines = [
-        f"{len(result['rows'])} pairs of network and precision: no category further off than {worst:.4%} of the peak."
-    ]
-    return "\n".join(lines) + source(result)
+    rows = []
+    for row in result["rows"]:
+        of_categories = {name: abs(error) for name, error in row["errors"].items() if name != "peak"}
+        worst = max(of_categories, key=lambda name: of_categories[name])
+        rows.append(
+            [
+                row["network"],
+                f"`{row['precision']}`",
+                f"{row['measured']['peak_bytes'] / 2**20:.1f} MiB",
+                f"{row['errors']['peak']:+.3%}",
+                f"{of_categories[worst]:.3%} {worst}",
+            ]
+        )
+    head = ["network", "precision", "measured peak", "the estimate's error", "worst category, of the peak"]
+    large = " and ".join(
+        f"{row['seconds']:.0f} s and {row['host_peak_rss_bytes'] / 2**30:.1f} GiB of host memory for "
+        f"`{row['precision']}` ({row['peak_bytes'] / 1e9:.1f} GB)"
+        for row in result["large"]["rows"]
+    )
+    return table(head, rows) + f"\n\nGPT-2 XL at 8 x 1024 for CUDA takes {large}." + source(result)
 
 
 NUMBERS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
