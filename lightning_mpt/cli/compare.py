@@ -4,7 +4,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..precisions import check_name
 from ..profiler.compare.run import Job, Row, base_of, run_job, to_json
-from .target_options import add_target, read_target
+from .target_options import add_output, add_precisions, add_target, read_target
 
 CHILD = [sys.executable, "-m", "lightning_mpt.cli.compare_child"]
 ON_CPU = ("32-true", "bf16-mixed", "bf16-true", "mpt-bf16-true", "mpt-bf16-true:compact")
@@ -26,22 +25,14 @@ def add(commands: Any) -> None:
     """Declare the command."""
     parser = commands.add_parser("compare", help="train a network a few steps under several precisions, side by side")
     add_target(parser)
-    parser.add_argument(
-        "--precision",
-        nargs="+",
-        action="extend",
-        metavar="NAME",
-        help=f"one or several; the first is what the others are measured against. Default: {', '.join(ON_CPU)} on "
-        f"CPU, {', '.join(ON_CUDA)} on a GPU",
-    )
+    add_precisions(parser, f"{', '.join(ON_CPU)} on CPU, {', '.join(ON_CUDA)} on a GPU")
     parser.add_argument("--steps", type=int, default=3, help="steps to count, after 2 to warm up (default: 3)")
     parser.add_argument("--accelerator", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--seed", type=int, default=0, help="the same for all (default: 0)")
     parser.add_argument(
         "--timeout", type=float, default=600.0, help="seconds that one precision may take (default: 600)"
     )
-    parser.add_argument("--save", type=Path, metavar="FOLDER", help="keep the reports, for `lightning-mpt report`")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    add_output(parser)
 
 
 def run(options: argparse.Namespace) -> int:

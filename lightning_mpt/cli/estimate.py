@@ -5,7 +5,6 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -19,7 +18,7 @@ from ..profiler.compare.class_path import TargetError
 from ..profiler.compare.run import FAILED, OK, Row, base_of, to_json
 from ..profiler.estimate import NEEDS_VALUES, EstimateError, PerRank, Trial, largest_batch, per_rank
 from .compare import ON_CPU, ON_CUDA
-from .target_options import add_target, read_target
+from .target_options import add_output, add_precisions, add_target, read_target
 
 FOR = {"cpu": ON_CPU, "cuda": ON_CUDA}
 ON_A_DEVICE = "run `lightning-mpt compare` on a device"
@@ -32,21 +31,14 @@ def add(commands: Any) -> None:
         "estimate", help="tell what a network's training would need under several precisions, without a device"
     )
     add_target(parser)
-    parser.add_argument(
-        "--precision",
-        nargs="+",
-        action="extend",
-        metavar="NAME",
-        help=f"one or several; the first is what the others are measured against. Default: {', '.join(FOR['cuda'])}",
-    )
+    add_precisions(parser, ", ".join(FOR["cuda"]))
     parser.add_argument(
         "--device", choices=tuple(FOR), default="cuda", help="whose kernels and allocator to imagine (default: cuda)"
     )
     parser.add_argument("--batch-size", type=int, metavar="N", help="cut or repeat the batch to N samples")
     parser.add_argument("--memory", metavar="SIZE", help="say the largest batch that fits: 24GiB, 80GB")
     parser.add_argument("--ranks", type=int, metavar="N", help="say what each of N ranks needs under DDP and FSDP2")
-    parser.add_argument("--save", type=Path, metavar="FOLDER", help="keep the reports, for `lightning-mpt report`")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    add_output(parser)
 
 
 def run(options: argparse.Namespace) -> int:

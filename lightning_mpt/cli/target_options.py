@@ -3,6 +3,7 @@
 import argparse
 import difflib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ..profiler.compare.target import Target
@@ -86,3 +87,20 @@ def read_target(options: argparse.Namespace) -> Target:
             "nothing to train: name a LightningModule by --model MODULE:CLASS, or give --config FILE.yaml."
         )
     return Target(options.model, arguments["model"], options.data, arguments["data"], options.config)
+
+
+def add_precisions(parser: CommandParser, default: str) -> None:
+    """Declare `--precision`, and say in words what it is by default."""
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help=f"one or several; the first is what the others are measured against. Default: {default}",
+    )
+
+
+def add_output(parser: CommandParser) -> None:
+    """Declare where the answer goes: `--save` and `--json`."""
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="keep the reports, for `lightning-mpt report`")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")

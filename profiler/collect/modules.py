@@ -1,6 +1,6 @@
 """Which modules Python sees run, and how long each of them took."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -88,3 +88,19 @@ def _compiled(root: torch.nn.Module) -> list[str]:
 
 def _as_it_is(hook: Hook) -> Hook:
     return hook
+
+
+def parameter_paths(
+    module: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer]
+) -> dict[torch.nn.Parameter, str | None]:
+    """Each parameter's module, by path: the first one where it is tied, None where only an optimizer has it."""
+    paths: dict[torch.nn.Parameter, str | None] = {}
+    for path, part in module.named_modules():
+        for parameter in part._parameters.values():
+            if parameter is not None:
+                paths.setdefault(parameter, path)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                paths.setdefault(parameter, None)
+    return paths

@@ -26,7 +26,7 @@ from ..figures import Duplicate
 from ..ledger import BACKWARD, CLIP, FORWARD, OPTIMIZER_STEP, OUTSIDE
 from ..recording import Claim, Gone, Interval, Mark
 from .duplicates import DuplicateFinder
-from .modules import ModuleForwards, hookable, untracer
+from .modules import ModuleForwards, hookable, parameter_paths, untracer
 from .tensors import parts_of, tensors_in, version_of
 
 now_ns = time.time_ns
@@ -89,7 +89,8 @@ class Owners:
     def begin_step(self, *, counted: bool = True) -> None:
         """A step begins; its first phase is `forward`. Of one that is not counted, forward passes are not either."""
         self._counted = counted
-        self._name_parameters()
+        # Anew every step: parameters may be replaced, optimizers given others.
+        self._paths = parameter_paths(self._module, self._optimizers)
         self.claim_lasting()
         self._told = False
         self._enter(FORWARD)
@@ -214,21 +215,9 @@ class Owners:
             path = self._paths.get(parameter) if parameter is not None else None
             self.claim(Category(name), tensor, path, watch=True)
 
-    def _name_parameters(self) -> None:
-        """Each parameter's module path. Anew every step: parameters may be replaced, optimizers given others."""
-        self._paths: dict[torch.nn.Parameter, str | None] = {}
-        for path, module in self._module.named_modules():
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    self._paths.setdefault(parameter, path)
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    self._paths.setdefault(parameter, None)
-
     def parameter_count(self) -> int:
         """Number of scalar parameters, those of tied modules once."""
-        self._name_parameters()
+        self._paths = parameter_paths(self._module, self._optimizers)
         return sum(parameter.numel() for parameter in self._paths)
 
     def optimizer_names(self) -> list[str]:
