@@ -118,10 +118,11 @@ def mlp(*, features: int, width: int, layers: int, batch_size: int) -> tuple[nn.
 
 
 class Case(NamedTuple):
-    """What makes a network and its batch, and the arguments for it."""
+    """What makes a network and its batch, the arguments for it, and whether torch may use oneDNN."""
 
     make: Callable[..., tuple[nn.Module, Any]]
     shape: dict[str, int]
+    onednn: bool = True
 
 
 CASES = {
@@ -151,10 +152,10 @@ class Repeated:
                 yield [tensor.clone() for tensor in self._batch]
 
 
-def lstms_that_run(precision: str, case: Case) -> AbstractContextManager[None]:
-    """oneDNN has no LSTM in bfloat16 for CPUs without instructions for it, and fails: torch does without it there."""
-    runs = case.make is not lstm or precision == "32-true" or multiplies_bf16()
-    return nullcontext() if runs else without_onednn()
+def onednn_if_it_runs(precision: str, case: Case) -> AbstractContextManager[None]:
+    """Under autocast an LSTM asks oneDNN for what it has not on CPUs without bf16: torch must do without it there."""
+    runs = case.make is not lstm or precision != "bf16-mixed" or multiplies_bf16()
+    return nullcontext() if case.onednn and runs else without_onednn()
 
 
 def measured(precision: str, case: Case) -> MemoryReport:
@@ -169,7 +170,7 @@ def measured(precision: str, case: Case) -> MemoryReport:
         **SILENT,
         **trainer_arguments(precision),
     )
-    with lstms_that_run(precision, case):
+    with onednn_if_it_runs(precision, case):
         trainer.fit(Step(net), Repeated(batch, 2))
     return profiler.report
 
@@ -177,7 +178,7 @@ def measured(precision: str, case: Case) -> MemoryReport:
 def estimated(precision: str, case: Case) -> MemoryReport:
     """The same step, of which nothing is computed."""
     _, batch = case.make(**{**case.shape, "layers": 1} if "layers" in case.shape else case.shape)
-    with lstms_that_run(precision, case):
+    with onednn_if_it_runs(precision, case):
         return estimate(Trial(lambda: Step(case.make(**case.shape)[0]), [batch]), precision, device="cpu")
 
 
