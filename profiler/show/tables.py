@@ -13,10 +13,12 @@ from ..figures import AllocatorHealth, Duplicate
 from ..report import MemoryReport
 from .advisor import Advice
 from .tree import Node, largest, module_tree
-from .words import count_of, format_bytes, format_shape, format_share, printable, spoken
+from .words import count_of, format_bytes, format_in, format_shape, format_share, printable, spoken, unit_of
 
 WIDE = 88
 """From this many columns on there is room for all that a table has to say."""
+NAME_COLUMNS, SIZE_COLUMNS = 15, 13
+"""What a category's name takes, and a size with its unit beside another."""
 LEAST_SHARE = 0.005
 """Of the peak: modules with less are left out."""
 MODEL_STATE = (Category.WEIGHTS, Category.MASTER_WEIGHTS, Category.GRADIENTS, Category.OPTIMIZER_STATE)
@@ -62,19 +64,30 @@ def category_table(report: MemoryReport) -> Table:
     return table
 
 
-def phase_table(report: MemoryReport) -> Table:
-    """Every phase's own peak by category."""
-    table = new_table("phase peaks", *map(spoken, report.phases))
+def phase_table(report: MemoryReport) -> RenderableType:
+    """Every phase's own peak by category; where there is little room, all in one unit that the heading names."""
     phases = report.phases.values()
-    for category in Category:
-        sizes = [phase.categories.get(category, 0) for phase in phases]
-        if any(sizes):
-            table.add_row(category.value, *map(blank_or_bytes, sizes), style=STYLES.get(category))
-    table.add_section()
     highest = max(phase.peak_bytes for phase in phases)
-    peaks = [Text(format_bytes(p.peak_bytes), "bold" if p.peak_bytes == highest else "") for p in phases]
-    table.add_row(Text("peak", "bold"), *peaks)
-    return table
+    unit_bytes, unit = unit_of(highest)
+
+    def make(width: int) -> Table:
+        wide = width >= NAME_COLUMNS + SIZE_COLUMNS * len(phases)
+
+        def cell(size: int) -> str:
+            return blank_or_bytes(size) if wide else format_in(unit_bytes, size)
+
+        table = new_table("phase peaks" if wide else f"peaks, {unit}", *map(spoken, report.phases))
+        table.columns[0].no_wrap = True
+        for category in Category:
+            sizes = [phase.categories.get(category, 0) for phase in phases]
+            if any(sizes):
+                table.add_row(category.value, *map(cell, sizes), style=STYLES.get(category))
+        table.add_section()
+        peaks = [Text(cell(p.peak_bytes), "bold" if p.peak_bytes == highest else "") for p in phases]
+        table.add_row(Text("peak", "bold"), *peaks)
+        return table
+
+    return ByWidth(make)
 
 
 _COLUMNS: dict[str, tuple[Category, ...]] = {

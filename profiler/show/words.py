@@ -23,6 +23,12 @@ def unit_of(size: int) -> tuple[int, str]:
     return 1024**unit, _UNITS[unit]
 
 
+def format_in(unit_bytes: int, size: int) -> str:
+    """`size` bytes in a unit that is named elsewhere: '1.50'; '<0.01' of less, and '' of nothing."""
+    value = size / unit_bytes
+    return "" if not size else "<0.01" if value < 0.01 else f"{value:.2f}"
+
+
 def format_share(part: float, whole: float) -> str:
     """`part` of `whole` in per cent: '34.1%'. Nothing of nothing is ''."""
     return f"{part / whole:.1%}" if whole else ""

@@ -73,6 +73,18 @@ def test_the_table_fits_and_says_what_matters(width: int) -> None:
     assert "reserved" in text
 
 
+def test_four_phases_in_sixty_columns_are_in_one_unit_and_break_no_name() -> None:
+    report = transformer()
+    report = dataclasses.replace(report, phases={**report.phases, "clip": next(iter(report.phases.values()))})
+    lines = printed(report, 60)
+    names = {str(category) for category in Category}
+    start = next(index for index, line in enumerate(lines) if line.startswith("peaks, MiB"))
+    rows = [line.split() for line in lines[start + 2 :]]
+    rows = rows[: next(index for index, row in enumerate(rows) if row[:1] == ["peak"])]
+    assert {row[0] for row in rows if row} <= names
+    assert any(row[-1] == f"{report.phases['forward'].categories[Category.WEIGHTS] / MIB:.2f}" for row in rows if row)
+
+
 @pytest.mark.parametrize("width", [60, 100, 200])
 @pytest.mark.parametrize("full", [False, True])
 def test_the_whole_report_fits_and_loses_no_word(width: int, full: bool) -> None:
