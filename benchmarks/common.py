@@ -4,12 +4,15 @@ Cases that are compared are timed in turn, round by round (A B C, A B C, ...), i
 down for a while then slows all of them, and the ratio of their medians holds where single times do not.
 """
 
+import contextlib
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -17,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import lightning as L
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +32,8 @@ SILENT = {
     "enable_progress_bar": False,
 }
 """What a Trainer is told that is to train and nothing else."""
+MISSED = 3
+"""The exit status of a benchmark that came to its end and found a goal missed: its result is kept like any other."""
 PACKAGES = ("lightning-mpt", "torch", "lightning", "transformers", "triton")
 
 
@@ -70,11 +76,10 @@ def commit() -> str:
         return told
     try:
         head = _git("rev-parse", "HEAD")
-        changed = _git("status", "--porcelain", "--untracked-files=no")
+        # Code is what is measured: results, and the pages and pictures that are made of them, change from run to run.
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    # Results themselves change from run to run and are not what is measured.
-    changed = "\n".join(line for line in changed.splitlines() if "benchmarks/results/" not in line)
     return head + "+changes" if changed else head
 
 
@@ -146,6 +151,74 @@ def cuda_clock(call: Callable[[], object]) -> float:
     return start.elapsed_time(end) / 1e3
 
 
+class StepClock(L.Callback):
+    """Times the steps of a fit. On CUDA by events, so that nothing waits for the device while it trains."""
+
+    def __init__(self) -> None:
+        self._ends: list[Any] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.strategy.root_device.type != "cuda":
+            self._ends.append(time.perf_counter())
+            return
+        end = torch.cuda.Event(enable_timing=True)
+        end.record()
+        self._ends.append(end)
+
+    def seconds(self) -> list[float]:
+        """Of every step but the first: from the end of the step before to its own."""
+        pairs = list(zip(self._ends, self._ends[1:], strict=False))
+        if pairs and isinstance(self._ends[0], torch.cuda.Event):
+            torch.cuda.synchronize()
+            return [start.elapsed_time(end) / 1e3 for start, end in pairs]
+        return [end - start for start, end in pairs]
+
+
+def run_guarded(command: Sequence[str], limit_s: float) -> tuple[int | None, str]:
+    """Run `command` in the repository: its exit status (None where it ran past `limit_s` and was ended) and output.
+
+    Whatever interrupts the wait ends the child as well, with all that it started.
+    """
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
+        # A session of its own, so that it can be ended with its children.
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,
+        )
+        status: int | None = None
+        try:
+            status = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            if process.poll() is None:
+                _end(process)
+        output.seek(0)
+        return status, output.read()
+
+
+def _end(process: subprocess.Popen[Any], grace_s: float = 5.0) -> None:
+    """End a process that leads its session: asked first, since it may have to end sessions of its own."""
+    os.killpg(process.pid, signal.SIGINT)
+    try:
+        process.wait(grace_s)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def failure(status: int | None, limit_s: float) -> str:
+    """What an exit status says, in words."""
+    return f"ran past {limit_s:.0f} s and was ended" if status is None else f"ended with status {status}"
+
+
 def gpt_shapes(width: int, layers: int, vocab_size: int = 0) -> list[tuple[int, ...]]:
     """The shapes of a GPT's parameters: matrices, biases and norms; an embedding where `vocab_size` is given."""
     block: list[tuple[int, ...]] = [
@@ -167,6 +240,11 @@ def without_paths(text: str) -> str:
         if folder != "/":
             text = text.replace(folder, name)
     return text
+
+
+def result_path(name: str, *, quick: bool) -> Path:
+    """Where a result goes if nobody says: a quick one never in the place of a kept one."""
+    return (RESULTS / "quick" if quick else RESULTS) / f"{name}.json"
 
 
 def write_result(path: Path, content: Mapping[str, Any]) -> None:

@@ -34,9 +34,8 @@ OURS = "mpt-bf16-true"
 PRECISIONS = (REFERENCE, "bf16-mixed", "bf16-true", OURS, f"{OURS}:compact", f"{OURS}:minimal")
 MODEL_STATE = ("weights", "master_weights", "gradients", "optimizer_state")
 MARGIN = 0.04
-
-
 COMPACT_TARGET = 0.5
+Sample = Callable[[], dict[str, Tensor]]
 
 
 class Case(NamedTuple):
@@ -70,10 +69,9 @@ class Step(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-4)
 
 
-def build(case: Case) -> tuple[nn.Module, Callable[[], dict[str, Tensor]]]:
-    """The network, and one sample of its data."""
-    shape = case.shape
-    if case.model == "gpt2":
+def build(model: str, shape: dict[str, int]) -> tuple[nn.Module, Sample]:
+    """The network, `gpt2` or `resnet`, and what makes one sample of its data."""
+    if model == "gpt2":
         from transformers import GPT2Config, GPT2LMHeadModel
 
         config = GPT2Config(
@@ -111,7 +109,7 @@ def measure(precision: str, case: Case) -> dict[str, Any]:
     """Train for two steps in this process, of which the second is recorded, and return the report's figures."""
     quiet_lightning()
     L.seed_everything(0, verbose=False)
-    model, sample = build(case)
+    model, sample = build(case.model, case.shape)
     module = Step(model.train())
     samples = [sample() for _ in range(2 * case.batch_size)]
     profiler = MemoryProfiler(tempfile.mkdtemp(), warmup_steps=1, steps=1)
