@@ -4,15 +4,12 @@ Cases that are compared are timed in turn, round by round (A B C, A B C, ...), i
 down for a while then slows all of them, and the ratio of their medians holds where single times do not.
 """
 
-import contextlib
 import json
 import os
 import platform
-import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -25,6 +22,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+QUICK_RESULTS = RESULTS / "quick"
 SILENT = {
     "logger": False,
     "enable_checkpointing": False,
@@ -174,51 +172,6 @@ class StepClock(L.Callback):
         return [end - start for start, end in pairs]
 
 
-def run_guarded(command: Sequence[str], limit_s: float) -> tuple[int | None, str]:
-    """Run `command` in the repository: its exit status (None where it ran past `limit_s` and was ended) and output.
-
-    Whatever interrupts the wait ends the child as well, with all that it started.
-    """
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
-        # A session of its own, so that it can be ended with its children.
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            start_new_session=True,
-        )
-        status: int | None = None
-        try:
-            status = process.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            if process.poll() is None:
-                _end(process)
-        output.seek(0)
-        return status, output.read()
-
-
-def _end(process: subprocess.Popen[Any], grace_s: float = 5.0) -> None:
-    """End a process that leads its session: asked first, since it may have to end sessions of its own."""
-    os.killpg(process.pid, signal.SIGINT)
-    try:
-        process.wait(grace_s)
-    except subprocess.TimeoutExpired:
-        pass
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def failure(status: int | None, limit_s: float) -> str:
-    """What an exit status says, in words."""
-    return f"ran past {limit_s:.0f} s and was ended" if status is None else f"ended with status {status}"
-
-
 def gpt_shapes(width: int, layers: int, vocab_size: int = 0) -> list[tuple[int, ...]]:
     """The shapes of a GPT's parameters: matrices, biases and norms; an embedding where `vocab_size` is given."""
     block: list[tuple[int, ...]] = [
@@ -244,7 +197,7 @@ def without_paths(text: str) -> str:
 
 def result_path(name: str, *, quick: bool) -> Path:
     """Where a result goes if nobody says: a quick one never in the place of a kept one."""
-    return (RESULTS / "quick" if quick else RESULTS) / f"{name}.json"
+    return (QUICK_RESULTS if quick else RESULTS) / f"{name}.json"
 
 
 def write_result(path: Path, content: Mapping[str, Any]) -> None:

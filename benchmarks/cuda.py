@@ -26,7 +26,8 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from benchmarks.common import RESULTS, ROOT, environment, failure, run_guarded, slug, without_paths, write_result
+from benchmarks.common import RESULTS, ROOT, environment, slug, without_paths, write_result
+from benchmarks.processes import failure, run_guarded
 
 BUDGET_S = 450.0
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -107,7 +108,7 @@ def run_piece(name: str, limit_s: float) -> dict[str, Any]:
     """Run one piece of `benchmarks.cuda_pieces` in a fresh process and return what it found."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
-        status, output = run_guarded([sys.executable, "-m", "benchmarks.cuda_pieces", name, str(answer)], limit_s)
+        status, output = run_guarded([sys.executable, "-m", "benchmarks.cuda_pieces", name, str(answer)], limit_s, ROOT)
         if status == 0 and answer.exists():
             found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
             return found
@@ -117,7 +118,7 @@ def run_piece(name: str, limit_s: float) -> dict[str, Any]:
 def run_tests(limit_s: float) -> dict[str, Any]:
     """Run the tests marked `cuda` and return pytest's closing line, and what failed."""
     command = [sys.executable, "-m", "pytest", "-m", "cuda", "-q", "-p", "no:cacheprovider", "--durations=5"]
-    status, output = run_guarded(command, limit_s)
+    status, output = run_guarded(command, limit_s, ROOT)
     lines = without_paths(output).splitlines()
     found: dict[str, Any] = {
         "closing_line": next((line for line in reversed(lines) if line.strip()), ""),

@@ -203,13 +203,13 @@ NUMBERS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "throughput": ("throughput_*", throughput),
     "preset-cost": ("accuracy_cpu", preset_cost),
     "profiler": ("profiler_cpu", profiler),
-    "estimate": ("estimate_cpu", estimate),
+    "estimate": ("estimate_*", estimate),
 }
 MODULES = {
     "memory_cpu": "memory",
     "accuracy_cpu": "accuracy",
     "profiler_cpu": "profiler",
-    "estimate_cpu": "estimate",
+    "estimate_*": "estimate",
     "ablation_cpu": "ablation",
     "throughput_*": "throughput",
 }

@@ -272,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             where["command"] = " ".join(["python -m benchmarks.throughput --accelerator", device, *options])
             write_result(out, {"environment": where, "quick": arguments.quick, "networks": found})
     show({name: found[name] for name in chosen}, console)
-    missed = [name for name in chosen if found[name]["goal_met"] is False]
+    missed = [name for name in chosen if found[name]["goal_met"] is False and not arguments.quick]
     for name in missed:
         console.print(f"[red]missed: {found[name]['ours']} is slower than the goal on {name}")
     return MISSED if missed else 0
