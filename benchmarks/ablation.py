@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from benchmarks.ablation_pictures import draw
-from benchmarks.common import RESULTS, ROOT, SILENT, environment, write_result
+from benchmarks.common import ROOT, SILENT, environment, result_path, write_result
 from benchmarks.half_products import HalfProducts
 from benchmarks.half_sums import HalfSums
 from examples.train_gpt import GPTModule, Windows, quiet_lightning, read_standard_library
@@ -240,13 +240,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ablation", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, help="training steps of a run (default: 200; with --quick 8)")
     parser.add_argument("--seeds", type=int, help="how many seeds (default: 2; with --quick 1)")
-    parser.add_argument("--quick", action="store_true", help="a few steps; keeps nothing unless told where")
+    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs; draws nothing")
     parser.add_argument("--out", type=Path, help="where the JSON goes (default: benchmarks/results/ablation_cpu.json)")
     parser.add_argument("--images", type=Path, help="the folder of the pictures (default: docs/images)")
     arguments = parser.parse_args(argv)
     steps = arguments.steps or (8 if arguments.quick else 200)
     seeds = arguments.seeds or (1 if arguments.quick else 2)
-    out = arguments.out or (None if arguments.quick else RESULTS / "ablation_cpu.json")
+    out = arguments.out or result_path("ablation_cpu", quick=arguments.quick)
     images = arguments.images or (None if arguments.quick else IMAGES)
     if images is not None:
         images.mkdir(parents=True, exist_ok=True)
@@ -266,8 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             progress.update(bar, description=f"{case.name}, seed {seed}")
             drawn = images / "gradient_exponents.png" if images and case == REFERENCE and seed == 0 else None
             runs.append(train(case, seed, steps, drawn))
-            if out is not None:
-                write_result(out, {"environment": where, "summary": summary(runs), "runs": runs})
+            write_result(out, {"environment": where, "summary": summary(runs), "runs": runs})
             progress.advance(bar)
     rows = summary(runs)
     show(rows, console)
@@ -276,9 +275,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def kept(path: Path | None, commit: str, steps: int, seeds: int) -> list[dict[str, Any]]:
+def kept(path: Path, commit: str, steps: int, seeds: int) -> list[dict[str, Any]]:
     """The runs in an earlier result that are of the same commit and length, and wanted."""
-    if path is None or not path.exists():
+    if not path.exists():
         return []
     earlier = json.loads(path.read_text(encoding="utf-8"))
     if earlier["environment"]["commit"] != commit:

@@ -17,10 +17,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import lightning as L
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+QUICK_RESULTS = RESULTS / "quick"
 SILENT = {
     "logger": False,
     "enable_checkpointing": False,
@@ -28,6 +30,8 @@ SILENT = {
     "enable_progress_bar": False,
 }
 """What a Trainer is told that is to train and nothing else."""
+MISSED = 3
+"""The exit status of a benchmark that came to its end and found a goal missed: its result is kept like any other."""
 PACKAGES = ("lightning-mpt", "torch", "lightning", "transformers", "triton")
 
 
@@ -70,11 +74,10 @@ def commit() -> str:
         return told
     try:
         head = _git("rev-parse", "HEAD")
-        changed = _git("status", "--porcelain", "--untracked-files=no")
+        # Code is what is measured: results, and the pages and pictures that are made of them, change from run to run.
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    # Results themselves change from run to run and are not what is measured.
-    changed = "\n".join(line for line in changed.splitlines() if "benchmarks/results/" not in line)
     return head + "+changes" if changed else head
 
 
@@ -146,6 +149,29 @@ def cuda_clock(call: Callable[[], object]) -> float:
     return start.elapsed_time(end) / 1e3
 
 
+class StepClock(L.Callback):
+    """Times the steps of a fit. On CUDA by events, so that nothing waits for the device while it trains."""
+
+    def __init__(self) -> None:
+        self._ends: list[Any] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.strategy.root_device.type != "cuda":
+            self._ends.append(time.perf_counter())
+            return
+        end = torch.cuda.Event(enable_timing=True)
+        end.record()
+        self._ends.append(end)
+
+    def seconds(self) -> list[float]:
+        """Of every step but the first: from the end of the step before to its own."""
+        pairs = list(zip(self._ends, self._ends[1:], strict=False))
+        if pairs and isinstance(self._ends[0], torch.cuda.Event):
+            torch.cuda.synchronize()
+            return [start.elapsed_time(end) / 1e3 for start, end in pairs]
+        return [end - start for start, end in pairs]
+
+
 def gpt_shapes(width: int, layers: int, vocab_size: int = 0) -> list[tuple[int, ...]]:
     """The shapes of a GPT's parameters: matrices, biases and norms; an embedding where `vocab_size` is given."""
     block: list[tuple[int, ...]] = [
@@ -167,6 +193,11 @@ def without_paths(text: str) -> str:
         if folder != "/":
             text = text.replace(folder, name)
     return text
+
+
+def result_path(name: str, *, quick: bool) -> Path:
+    """Where a result goes if nobody says: a quick one never in the place of a kept one."""
+    return (QUICK_RESULTS if quick else RESULTS) / f"{name}.json"
 
 
 def write_result(path: Path, content: Mapping[str, Any]) -> None:

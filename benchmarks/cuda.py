@@ -14,9 +14,6 @@ Exits 0 where every piece came through, 1 where one did not, and 2 where there i
 
 import argparse
 import json
-import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +27,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from benchmarks.common import RESULTS, ROOT, environment, slug, without_paths, write_result
+from benchmarks.processes import failure, run_guarded
 
 BUDGET_S = 450.0
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -110,7 +108,7 @@ def run_piece(name: str, limit_s: float) -> dict[str, Any]:
     """Run one piece of `benchmarks.cuda_pieces` in a fresh process and return what it found."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
-        status, output = run_guarded([sys.executable, "-m", "benchmarks.cuda_pieces", name, str(answer)], limit_s)
+        status, output = run_guarded([sys.executable, "-m", "benchmarks.cuda_pieces", name, str(answer)], limit_s, ROOT)
         if status == 0 and answer.exists():
             found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
             return found
@@ -120,7 +118,7 @@ def run_piece(name: str, limit_s: float) -> dict[str, Any]:
 def run_tests(limit_s: float) -> dict[str, Any]:
     """Run the tests marked `cuda` and return pytest's closing line, and what failed."""
     command = [sys.executable, "-m", "pytest", "-m", "cuda", "-q", "-p", "no:cacheprovider", "--durations=5"]
-    status, output = run_guarded(command, limit_s)
+    status, output = run_guarded(command, limit_s, ROOT)
     lines = without_paths(output).splitlines()
     found: dict[str, Any] = {
         "closing_line": next((line for line in reversed(lines) if line.strip()), ""),
@@ -130,34 +128,6 @@ def run_tests(limit_s: float) -> dict[str, Any]:
         found["error"] = "no test is marked cuda" if status == 5 else failure(status, limit_s)
         found["output_tail"] = "\n".join(lines)[-12000:]
     return found
-
-
-def run_guarded(command: Sequence[str], limit_s: float) -> tuple[int | None, str]:
-    """Run `command` in the repository: its exit status (None where it ran past `limit_s` and was ended) and output."""
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
-        # A session of its own, so that a child that hangs is ended with all that it started.
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            start_new_session=True,
-        )
-        status: int | None
-        try:
-            status = process.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            status = None
-        output.seek(0)
-        return status, output.read()
-
-
-def failure(status: int | None, limit_s: float) -> str:
-    """What an exit status says, in words."""
-    return f"ran past {limit_s:.0f} s and was ended" if status is None else f"ended with status {status}"
 
 
 def summary(outcome: dict[str, Any]) -> str:

@@ -8,7 +8,6 @@ import gc
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from benchmarks.common import SILENT, Timing, cuda_clock, gpt_shapes, interleave
+from benchmarks.common import SILENT, StepClock, Timing, cuda_clock, gpt_shapes, interleave
 from benchmarks.contenders import (
     UNDER_AUTOCAST,
     Step,
@@ -51,20 +50,13 @@ STEPS = 25
 """Training steps of a `train` piece: two to warm up, three recorded, the others timed."""
 
 
-class StepClock(L.Callback):
-    """Times training steps, and keeps what they came to."""
+class Losses(L.Callback):
+    """Keeps what the steps came to, on the device."""
 
     def __init__(self) -> None:
-        self.seconds: list[float] = []
         self.losses: list[Tensor] = []
-        self._last: float | None = None
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any) -> None:
-        torch.cuda.synchronize()
-        now = time.perf_counter()
-        if self._last is not None:
-            self.seconds.append(now - self._last)
-        self._last = now
         self.losses.append(outputs["loss"].detach().float())
 
 
@@ -75,13 +67,13 @@ def train(length: str, precision: str) -> dict[str, Any]:
     batch_size, seq_len = LENGTHS[length]
     module = GPTModule(MODEL, vocab_size=VOCAB_SIZE, seq_len=1024, lr=3e-4, steps=STEPS, warmup_steps=5)
     data = ByteText(seq_len=seq_len, batch_size=batch_size, steps=STEPS)
-    clock, profiler = StepClock(), MemoryProfiler(tempfile.mkdtemp(), warmup_steps=2, steps=3)
+    clock, losses, profiler = StepClock(), Losses(), MemoryProfiler(tempfile.mkdtemp(), warmup_steps=2, steps=3)
     trainer = L.Trainer(
         accelerator=DEVICE,
         devices=1,
         max_epochs=1,
         gradient_clip_val=None if precision.endswith(":minimal") else 1.0,
-        callbacks=[clock],
+        callbacks=[clock, losses],
         profiler=profiler,
         **SILENT,
         limit_val_batches=0,
@@ -89,7 +81,7 @@ def train(length: str, precision: str) -> dict[str, Any]:
     )
     trainer.fit(module, data)
     report = profiler.report
-    step_s = sorted(clock.seconds[8:])[len(clock.seconds[8:]) // 2]
+    step_s = Timing.of(clock.seconds()[8:]).median_s
     found = {
         "parameters": sum(p.numel() for p in module.parameters()),
         "batch_size": batch_size,
@@ -100,7 +92,7 @@ def train(length: str, precision: str) -> dict[str, Any]:
         "phases": plain(report.phases),
         "allocator_peak_bytes_of_the_run": torch.cuda.max_memory_allocated(),
         "step_s": step_s,
-        "losses": [round(loss.item(), 4) if loss.isfinite() else None for loss in clock.losses],
+        "losses": [round(loss.item(), 4) if loss.isfinite() else None for loss in losses.losses],
         "skipped_steps": getattr(trainer.precision_plugin, "skipped_steps", None),
         "loss_scale": getattr(trainer.precision_plugin, "loss_scale", None),
     }

@@ -1,6 +1,7 @@
 """Peak memory of a training step under every precision, in a fresh process each, on the CPU: GPT-2 and a ResNet.
 
     python -m benchmarks.memory
+    python -m benchmarks.memory --quick   # one network, three precisions: to see that it runs
 
 The peak is the allocator's own, read by `lightning_mpt.profiler`. What arithmetic allows, with `split` masters: half of
 the activations and 14/16 of the model state that FP32 training holds at its peak. The target is that plus 0.04; with
@@ -24,7 +25,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from benchmarks.common import RESULTS, ROOT, SILENT, environment, without_paths, write_result
+from benchmarks.common import MISSED, ROOT, SILENT, environment, result_path, without_paths, write_result
 from examples.train_gpt import quiet_lightning
 from lightning_mpt.precisions import trainer_arguments
 from lightning_mpt.profiler import MemoryProfiler
@@ -34,9 +35,8 @@ OURS = "mpt-bf16-true"
 PRECISIONS = (REFERENCE, "bf16-mixed", "bf16-true", OURS, f"{OURS}:compact", f"{OURS}:minimal")
 MODEL_STATE = ("weights", "master_weights", "gradients", "optimizer_state")
 MARGIN = 0.04
-
-
 COMPACT_TARGET = 0.5
+Sample = Callable[[], dict[str, Tensor]]
 
 
 class Case(NamedTuple):
@@ -70,10 +70,9 @@ class Step(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-4)
 
 
-def build(case: Case) -> tuple[nn.Module, Callable[[], dict[str, Tensor]]]:
-    """The network, and one sample of its data."""
-    shape = case.shape
-    if case.model == "gpt2":
+def build(model: str, shape: dict[str, int]) -> tuple[nn.Module, Sample]:
+    """The network, `gpt2` or `resnet`, and what makes one sample of its data."""
+    if model == "gpt2":
         from transformers import GPT2Config, GPT2LMHeadModel
 
         config = GPT2Config(
@@ -111,7 +110,7 @@ def measure(precision: str, case: Case) -> dict[str, Any]:
     """Train for two steps in this process, of which the second is recorded, and return the report's figures."""
     quiet_lightning()
     L.seed_everything(0, verbose=False)
-    model, sample = build(case)
+    model, sample = build(case.model, case.shape)
     module = Step(model.train())
     samples = [sample() for _ in range(2 * case.batch_size)]
     profiler = MemoryProfiler(tempfile.mkdtemp(), warmup_steps=1, steps=1)
@@ -151,9 +150,10 @@ def arithmetic(reference: dict[str, Any]) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, and write the JSON. Returns 1 where a target was missed."""
+    """Measure, print, and write the JSON. Returns MISSED where a target was missed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=RESULTS / "memory_cpu.json", help="where the JSON goes")
+    parser.add_argument("--quick", action="store_true", help="one network under three precisions, to see that it runs")
+    parser.add_argument("--out", type=Path, help="where the JSON goes (default: benchmarks/results/memory_cpu.json)")
     parser.add_argument("--child", nargs=2, metavar=("PRECISION", "CASE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.child:
@@ -161,13 +161,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n" + json.dumps(measure(precision, CASES[name])))
         return 0
 
-    where = environment("benchmarks.memory")
+    quick = arguments.quick
+    names, precisions = (("ResNet",), (REFERENCE, OURS, f"{OURS}:compact")) if quick else (CASES, PRECISIONS)
+    where = environment("benchmarks.memory", ["--quick"] * quick)
     console = Console()
     table = Table("network", "precision", "peak MiB", "of 32-true", "target", title="Peak memory of a step on CPU")
     cases: dict[str, Any] = {}
     missed = []
-    for name, case in CASES.items():
-        rows = [measure_apart(precision, name) for precision in track(PRECISIONS, name, console=console)]
+    for name in names:
+        case = CASES[name]
+        rows = [measure_apart(precision, name) for precision in track(precisions, name, console=console)]
         reference = rows[0]
         least = arithmetic(reference)
         targets = {OURS: least + MARGIN if case.target is None else min(case.target, least + MARGIN)}
@@ -184,8 +187,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(table)
     for line in missed:
         console.print(f"[red]missed: {line}")
-    write_result(arguments.out, {"environment": where, "cases": cases})
-    return 1 if missed else 0
+    write_result(arguments.out or result_path("memory_cpu", quick=quick), {"environment": where, "cases": cases})
+    return MISSED if missed else 0
 
 
 if __name__ == "__main__":

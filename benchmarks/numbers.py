@@ -4,7 +4,7 @@
     python -m benchmarks.numbers --check   # exit 1 where a file says something else
 
 Between `<!-- numbers: NAME -->` and `<!-- /numbers -->` stands what a function here makes of a file in
-benchmarks/results. What has not been measured says so.
+benchmarks/results, or, where its name has a star, of each of several. What has not been measured says so.
 """
 
 import argparse
@@ -30,10 +30,10 @@ def filled(text: str, results: Path = RESULTS) -> str:
 def number(name: str, results: Path = RESULTS) -> str:
     """What is to stand in the block of that name."""
     file, make = NUMBERS[name]
-    path = results / f"{file}.json"
-    if not path.exists():
+    paths = sorted(results.glob(f"{file}.json"))
+    if not paths:
         return f"Not measured yet: `python -m benchmarks.{MODULES.get(file, file)}`."
-    return make(json.loads(path.read_text(encoding="utf-8")))
+    return "\n\n".join(make(json.loads(path.read_text(encoding="utf-8"))) for path in paths)
 
 
 def memory(result: dict[str, Any]) -> str:
@@ -145,6 +145,31 @@ def preset_cost(result: dict[str, Any]) -> str:
     )
 
 
+def throughput(result: dict[str, Any]) -> str:
+    """Steps, and tokens or images, a second through the Trainer."""
+    rows = []
+    for name, network in result["networks"].items():
+        for row in network["rows"]:
+            if row["status"] != "ok":
+                rows.append([name, f"`{row['precision']}`", row["status"], *[""] * 4])
+                continue
+            times, goal = row.get("times_the_reference"), network["goal"]
+            rows.append(
+                [
+                    name,
+                    f"`{row['precision']}`",
+                    "{:.1f} ({:.1f} to {:.1f})".format(*(1e3 * row[key] for key in ("median_s", "p20_s", "p80_s"))),
+                    f"{row['steps_per_s']:.2f}",
+                    f"{row['units_per_s']:,.0f} {network['unit']}",
+                    "" if times is None else f"{times:.2f}",
+                    "" if goal is None or row["precision"] != network["ours"] else f"{goal:g}",
+                ]
+            )
+    reference = next(iter(result["networks"].values()))["reference"]
+    head = ["network", "precision", "ms a step (p20 to p80)", "steps/s", "per second", f"times `{reference}`", "goal"]
+    return table(head, rows) + source(result)
+
+
 def profiler(result: dict[str, Any]) -> str:
     """How far peaks are off, ours and torch's MemTracker's."""
     rows = [
@@ -190,16 +215,18 @@ NUMBERS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "held": ("step_time", held),
     "accuracy": ("accuracy_cpu", accuracy),
     "ablation": ("ablation_cpu", ablation),
+    "throughput": ("throughput_*", throughput),
     "preset-cost": ("accuracy_cpu", preset_cost),
     "profiler": ("profiler_cpu", profiler),
-    "estimate": ("estimate_cpu", estimate),
+    "estimate": ("estimate_*", estimate),
 }
 MODULES = {
     "memory_cpu": "memory",
     "accuracy_cpu": "accuracy",
     "profiler_cpu": "profiler",
-    "estimate_cpu": "estimate",
+    "estimate_*": "estimate",
     "ablation_cpu": "ablation",
+    "throughput_*": "throughput",
 }
 
 

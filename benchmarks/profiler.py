@@ -1,6 +1,7 @@
 """What the memory profiler costs, and whether its peak is right: beside torch's own tracker, on the CPU.
 
     python -m benchmarks.profiler
+    python -m benchmarks.profiler --quick   # little of everything, to see that it runs; says nothing
 
 - `peak`: the peak of a training step by `MemoryRecorder` and by `torch.distributed._tools.mem_tracker.MemTracker`,
   each against the allocator's own: all its events since before the network was built, added up.
@@ -25,7 +26,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.common import RESULTS, ROOT, Timing, environment, without_paths, write_result
+from benchmarks.common import MISSED, ROOT, Timing, environment, result_path, without_paths, write_result
 from lightning_mpt.profiler import Category, MemoryRecorder, MemoryReport
 from lightning_mpt.profiler.recording import Claim, Event, Mark, Recording, Window
 
@@ -282,30 +283,34 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, and write the JSON. Returns 1 where a target was missed."""
+    """Measure, print, and write the JSON. Returns MISSED where a target was missed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profiler", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=30, help="timed rounds (default: 30)")
-    parser.add_argument("--out", type=Path, default=RESULTS / "profiler_cpu.json", help="where the JSON goes")
+    parser.add_argument("--rounds", type=int, help="timed rounds (default: 30)")
+    parser.add_argument("--quick", action="store_true", help="little of everything, to see that it runs")
+    parser.add_argument("--out", type=Path, help="where the JSON goes (default: benchmarks/results/profiler_cpu.json)")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.child:
         print("\n" + json.dumps(replay(arguments.child)))
         return 0
     warnings.filterwarnings("ignore", message="Module is put on CPU")  # MemTracker's own
-    where = environment("benchmarks.profiler", ["--rounds", str(arguments.rounds)])
+    quick = arguments.quick
+    rounds = arguments.rounds or (3 if quick else 30)
+    networks, events = (("MLP",), EVENTS[:1]) if quick else (NETWORKS, EVENTS)
+    where = environment("benchmarks.profiler", ["--rounds", str(rounds), *["--quick"] * quick])
     console = Console()
     result: dict[str, Any] = {
         "targets": TARGETS,
-        "peak": [measure_peak(name) for name in track(NETWORKS, "peaks", console=console)],
-        "cost": [measure_cost(name, arguments.rounds) for name in track(NETWORKS, "cost", console=console)],
-        "replay": [replay_apart(count) for count in track(EVENTS, "replay", console=console)],
+        "peak": [measure_peak(name) for name in track(networks, "peaks", console=console)],
+        "cost": [measure_cost(name, rounds) for name in track(networks, "cost", console=console)],
+        "replay": [replay_apart(count) for count in track(events, "replay", console=console)],
     }
     show(result, console)
-    write_result(arguments.out, {"environment": where, **result})
-    lines = missed(result)
+    write_result(arguments.out or result_path("profiler_cpu", quick=quick), {"environment": where, **result})
+    lines = [] if quick else missed(result)
     for line in lines:
         console.print(f"[red]missed: {line}")
-    return 1 if lines else 0
+    return MISSED if lines else 0
 
 
 if __name__ == "__main__":

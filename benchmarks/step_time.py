@@ -2,6 +2,7 @@
 
     python -m benchmarks.step_time                      # on the CPU, and on CUDA where there is one
     python -m benchmarks.step_time --parameters 1e7     # another size
+    python -m benchmarks.step_time --quick              # little of everything, to see that it runs; says nothing
 
 Time: all cases in turn, round by round, in one process. Each case reads and writes a known number of bytes per
 parameter (FP32 AdamW 28, ours 28 to 12), so its rate is told as a share of a plain copy's, measured in the same rounds.
@@ -25,11 +26,12 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.common import (
-    RESULTS,
+    MISSED,
     cuda_clock,
     environment,
     gpt_shapes,
     interleave,
+    result_path,
     wall_clock,
     write_result,
 )
@@ -98,6 +100,7 @@ MEMORY_CASES = {
     "mpt minimal (and released)": Case(lambda shapes, device: Released(shapes, device), 0, 5.0625),
 }
 TENSORS = (10, 1000, 5000)
+MEMORY_MODELS = ("GPT, 10M", "GPT, 100M", "one embedding")
 
 
 def shapes_of(count: float) -> list[tuple[int, ...]]:
@@ -174,20 +177,28 @@ def measure_memory(build: Build, shapes: list[tuple[int, ...]]) -> tuple[int, in
     return held, peak - held
 
 
-def run(counts: Sequence[float], devices: Sequence[str], rounds: int, progress: Console) -> dict[str, Any]:
+def run(
+    counts: Sequence[float],
+    devices: Sequence[str],
+    rounds: int,
+    progress: Console,
+    tensors: Sequence[int] = TENSORS,
+    memory_models: Sequence[str] = MEMORY_MODELS,
+) -> dict[str, Any]:
     """Measure everything. Returns JSON: `time`, rows by device, model and case; `memory`, by model and case."""
     time_rows: list[dict[str, Any]] = []
     for device in devices:
-        models = [shapes_of(count) for count in counts] + [even_shapes(10_000_000, tensors) for tensors in TENSORS]
+        models = [shapes_of(count) for count in counts] + [even_shapes(10_000_000, number) for number in tensors]
         for shapes in track(models, f"step time on {device}", console=progress):
             time_rows += measure_time(shapes, device, rounds)
     memory_rows = []
-    memory_models = {
-        "GPT, 10M": shapes_of(1e7),
-        "GPT, 100M": shapes_of(1e8),
-        "one embedding": [(50257, 768), *gpt_shapes(64, 1)],
+    makers: dict[str, Callable[[], list[tuple[int, ...]]]] = {
+        "GPT, 10M": lambda: shapes_of(1e7),
+        "GPT, 100M": lambda: shapes_of(1e8),
+        "one embedding": lambda: [(50257, 768), *gpt_shapes(64, 1)],
     }
-    for model, shapes in track(memory_models.items(), "memory of a step", console=progress):
+    for model in track(memory_models, "memory of a step", console=progress):
+        shapes = makers[model]()
         for name, case in MEMORY_CASES.items():
             held, extra = measure_memory(case.build, shapes)
             memory_rows.append(
@@ -233,21 +244,26 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, and write the JSON. Returns 1 where a target was missed."""
+    """Measure, print, and write the JSON. Returns MISSED where a target was missed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step_time", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--parameters", type=float, nargs="+", default=[1e7, 1e8], help="model sizes (default: 1e7 1e8)"
-    )
-    parser.add_argument("--rounds", type=int, default=15, help="timed rounds (default: 15)")
-    parser.add_argument("--out", type=Path, default=RESULTS / "step_time.json", help="where the JSON goes")
+    parser.add_argument("--parameters", type=float, nargs="+", help="model sizes (default: 1e7 1e8)")
+    parser.add_argument("--rounds", type=int, help="timed rounds (default: 15)")
+    parser.add_argument("--quick", action="store_true", help="little of everything, to see that it runs")
+    parser.add_argument("--out", type=Path, help="where the JSON goes (default: benchmarks/results/step_time.json)")
     arguments = parser.parse_args(argv)
+    quick = arguments.quick
+    counts = arguments.parameters or ([1e6] if quick else [1e7, 1e8])
+    rounds = arguments.rounds or (3 if quick else 15)
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    options = ["--parameters", *(f"{count:g}" for count in arguments.parameters), "--rounds", str(arguments.rounds)]
-    where = environment("benchmarks.step_time", options)
+    options = ["--parameters", *(f"{count:g}" for count in counts), "--rounds", str(rounds)]
+    where = environment("benchmarks.step_time", options + ["--quick"] * quick)
     console = Console()
-    result = run(arguments.parameters, devices, arguments.rounds, console)
+    some = {"tensors": TENSORS[:1], "memory_models": MEMORY_MODELS[:1]} if quick else {}
+    result = run(counts, devices, rounds, console, **some)
     show(result, console)
-    write_result(arguments.out, {"environment": where, **result})
+    write_result(arguments.out or result_path("step_time", quick=quick), {"environment": where, **result})
+    if quick:
+        return 0
     missed = [
         f"{row['case']} takes {row['times_the_reference']:.2f}x for {row['parameters']:,}, target {TARGET_TIME}x"
         for row in result["time"]
@@ -261,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             missed.append(f"{row['case']} holds {row['held_bytes_per_parameter']:.3f} bytes a parameter")
     for line in missed:
         console.print(f"[red]missed: {line}")
-    return 1 if missed else 0
+    return MISSED if missed else 0
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def test_a_piece_that_fails_hangs_or_finds_no_time_leaves_the_others(
 ) -> None:
     def run_piece(name: str, limit_s: float) -> dict[str, Any]:
         code = {"good": "pass", "bad": "print('broke'); raise SystemExit(3)", "hangs": "import time; time.sleep(60)"}
-        status, output = cuda.run_guarded([sys.executable, "-c", code[name]], limit_s)
+        status, output = cuda.run_guarded([sys.executable, "-c", code[name]], limit_s, tmp_path)
         if status == 0:
             return {"summary": "found", "trace": "{}"}
         return {"error": cuda.failure(status, limit_s), "output_tail": output}
