@@ -40,34 +40,34 @@ class Piece(NamedTuple):
     command: str
     """A module of this package, and its arguments."""
     minutes: float
-    """At most. On two slow cores it takes about half of them."""
+    """At most: what takes longer hangs. Two slow cores need about half of it."""
     quick_minutes: float | None
-    """The same with --quick; None where a quick run would tell nothing."""
+    """The same with --quick, where most of the time goes into starting; None where that would tell nothing."""
 
 
 PLAN = {
     "cpu": (
-        Piece("step_time", "step_time", 10, 1),
-        Piece("memory", "memory", 8, 1),
-        Piece("profiler", "profiler", 6, 1),
-        Piece("estimate", "estimate", 10, 2),
-        Piece("throughput", "throughput --accelerator cpu", 9, 2),
-        Piece("networks", "networks", 18, 3),
-        Piece("ablation", "ablation", 15, 2),
-        Piece("accuracy", "accuracy --accelerator cpu", 30, 5),
+        Piece("step_time", "step_time", 10, 3),
+        Piece("memory", "memory", 12, 3),
+        Piece("profiler", "profiler", 6, 3),
+        Piece("estimate", "estimate", 10, 4),
+        Piece("throughput", "throughput --accelerator cpu", 9, 3),
+        Piece("networks", "networks", 20, 5),
+        Piece("ablation", "ablation", 18, 4),
+        Piece("accuracy", "accuracy --accelerator cpu", 35, 6),
         Piece("numbers", "numbers", 1, None),
     ),
     "cuda": (
         Piece("cuda", "cuda", 7.9, None),
-        Piece("throughput: GPT-2 124M", "throughput --accelerator cuda --network 'GPT-2 124M'", 7.5, 2),
-        Piece("throughput: GPT-2 1.5B", "throughput --accelerator cuda --network 'GPT-2 1.5B'", 7.5, 4),
-        Piece("throughput: ResNet-50", "throughput --accelerator cuda --network ResNet-50", 7.5, 2),
-        Piece("estimate", "estimate --accelerator cuda", 7.5, 2),
-        Piece("accuracy: gpt", "accuracy --accelerator cuda --task gpt", 7.5, 2),
-        Piece("accuracy: digits", "accuracy --accelerator cuda --task digits", 7.5, 2),
-        Piece("accuracy: vit", "accuracy --accelerator cuda --task vit", 7.5, 2),
-        Piece("accuracy: lstm", "accuracy --accelerator cuda --task lstm", 7.5, 2),
-        Piece("accuracy: gan", "accuracy --accelerator cuda --task gan", 7.5, 2),
+        Piece("throughput: GPT-2 124M", "throughput --accelerator cuda --network 'GPT-2 124M'", 7.5, 5),
+        Piece("throughput: GPT-2 1.5B", "throughput --accelerator cuda --network 'GPT-2 1.5B'", 7.5, 5),
+        Piece("throughput: ResNet-50", "throughput --accelerator cuda --network ResNet-50", 7.5, 5),
+        Piece("estimate", "estimate --accelerator cuda", 7.5, 5),
+        Piece("accuracy: gpt", "accuracy --accelerator cuda --task gpt", 7.5, 5),
+        Piece("accuracy: digits", "accuracy --accelerator cuda --task digits", 7.5, 5),
+        Piece("accuracy: vit", "accuracy --accelerator cuda --task vit", 7.5, 5),
+        Piece("accuracy: lstm", "accuracy --accelerator cuda --task lstm", 7.5, 5),
+        Piece("accuracy: gan", "accuracy --accelerator cuda --task gan", 7.5, 5),
         Piece("numbers", "numbers", 1, None),
     ),
 }
