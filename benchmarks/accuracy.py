@@ -9,7 +9,8 @@ The tasks are in `tasks.py`. Where the CPU has no instructions for half products
 device and length, is not run again.
 
 A precision is *inside* where its mean is between the lowest and the highest figure of FP32's seeds, else better or
-worse than all of them. `minimal` cannot clip by norm: where a task clips, it is held against FP32 without clipping.
+worse than all of them. One seed has no spread. `minimal` cannot clip by norm: where a task clips, it is held
+against FP32 without clipping.
 """
 
 import argparse
@@ -82,7 +83,7 @@ def row(
         "lowest": min(finite),
         "highest": max(finite),
         "mean_difference": statistics.mean(paired) if paired else None,
-        "verdict": None if precision == reference else verdict,
+        "verdict": None if precision == reference or len(spread) < 2 else verdict,
     }
 
 
@@ -90,7 +91,8 @@ def show(tables: Sequence[dict[str, Any]], console: Console) -> None:
     """Print a table for each task, within 60 columns."""
     for one in tables:
         title = f"{one['task']}: {one['unit']}, {one['steps']} steps"
-        table = Table(*("precision", "mean", "its seeds", "- FP32", "spread"), title=title, box=None, pad_edge=False)
+        head = ("precision", "mean", "its seeds", "- FP32", "spread")
+        table = Table(*head, title=title, box=None, padding=(0, 1, 0, 0), pad_edge=False)
         for own in one["rows"]:
             table.add_row(*cells(own))
         console.print(table, "")

@@ -116,7 +116,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
         return [row["precision"], "", "", "", row["verdict"]]
     places = 4 if row["highest"] < 10 else 2
     mean, lowest, highest = (f"{row[key]:.{places}f}" for key in ("mean", "lowest", "highest"))
-    difference = row["mean_difference"] if row["verdict"] else None
+    difference = None if row["precision"] == row["reference"] else row["mean_difference"]
     told = "" if difference is None else f"{difference:+.{places}f}"
     return [row["precision"], mean, f"{lowest}-{highest}", told, row["verdict"] or ""]
 
