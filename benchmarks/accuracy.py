@@ -1,179 +1,174 @@
-"""Does it train as well? The example GPT under each precision, over some seeds, against the spread of FP32's own seeds.
+"""Does it train as well? Five kinds of network under each precision, against the spread of FP32's own seeds.
 
-    python -m benchmarks.accuracy                        # within an hour on two cores; may be stopped and continued
-    python -m benchmarks.accuracy --steps 100 --seeds 2  # a quick one
-    python -m benchmarks.accuracy --precision 32-true mpt-bf16-true:compact  # some of the precisions
+    python -m benchmarks.accuracy            # a quarter of an hour on two cores; may be stopped and continued
+    python -m benchmarks.accuracy --quick    # a few steps of everything, to see that it runs; says nothing
+    python -m benchmarks.accuracy --task gan --precision 32-true mpt-bf16-true:compact
 
-Where the CPU has no instructions for products in bf16, they are FP32 products rounded to bf16 (`half_products.py`), and
-the example is its smallest size: the file says so.
-A seed draws the initial weights and the order of the data; the validation text is always the same. Every run is
-a process of its own, and its result is kept at once: what is in the file, of the same commit and length, is not run
-again. `minimal` cannot clip by norm, so it is held against FP32 without clipping.
+The tasks are in `tasks.py`. Where the CPU has no instructions for half products, they are FP32 products rounded to half
+(`half_products.py`): the file says so. The result of a run is kept at once: what is in the file, of the same commit,
+device and length, is not run again.
+
+A precision is *inside* where its mean is between the lowest and the highest figure of FP32's seeds, else better or
+worse than all of them. One seed has no spread. `minimal` cannot clip by norm: where a task clips, it is held
+against FP32 without clipping.
 """
 
 import argparse
-import contextlib
-import io
 import json
+import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.common import RESULTS, ROOT, environment, without_paths, write_result
-from benchmarks.half_products import HalfProducts
-from examples import train_gpt
+from benchmarks.common import RESULTS, environment, write_result
+from benchmarks.half_products import native
+from benchmarks.numbers import cells
+from benchmarks.tasks import TASKS, Task
 
-OURS = "mpt-bf16-true"
-REFERENCE, UNCLIPPED = "32-true", "32-true, unclipped"
-PRECISIONS = (REFERENCE, "bf16-mixed", "bf16-true", OURS, f"{OURS}:compact", UNCLIPPED, f"{OURS}:minimal")
-
-
-def reference_of(precision: str) -> str:
-    """What a precision is held against: the FP32 run that is clipped as it is."""
-    return UNCLIPPED if precision.endswith((":minimal", "unclipped")) else REFERENCE
+QUICK_STEPS = 3
+PRECISIONS = tuple(dict.fromkeys(name for task in TASKS.values() for name in task.precisions("cuda")))
+DEVICE = ("commit", "cpu", "gpu", "half_products")
+"""What of an earlier result's environment must be the same for its runs to be kept."""
 
 
-def train(precision: str, seed: int, steps: int, size: str) -> float:
-    """The example's validation loss, in nats per byte."""
-    name, _, unclipped = precision.partition(", ")
-    arguments = [
-        "--precision",
-        name,
-        "--seed",
-        str(seed),
-        "--steps",
-        str(steps),
-        "--size",
-        size,
-        "--accelerator",
-        "cpu",
-    ]
-    if unclipped:
-        arguments.append("--no-clipping")
-    products = contextlib.nullcontext() if train_gpt.multiplies_bf16() else HalfProducts()
-    with contextlib.redirect_stdout(io.StringIO()), products:
-        return train_gpt.main(arguments)
+def run(task: str, precision: str, seed: int, steps: int, accelerator: str) -> dict[str, Any]:
+    """One run, in a process that may have done others: whatever is random starts from the seed."""
+    figure = TASKS[task].run(precision, seed, steps, accelerator)
+    return {"task": task, "precision": precision, "seed": seed, "steps": steps, "figure": figure}
 
 
-def train_apart(precision: str, seed: int, steps: int, size: str, threads: int) -> dict[str, Any]:
-    """`train` in a fresh process. The last line that it prints is the answer."""
-    command = [sys.executable, "-m", "benchmarks.accuracy", "--child", precision, str(seed), str(steps), size]
-    variables = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3600, env=variables)
-    if done.returncode != 0:
-        raise RuntimeError(
-            f"{precision} with seed {seed} ended with status {done.returncode}:\n{without_paths(done.stderr)}"
-        )
-    loss = json.loads(done.stdout.splitlines()[-1])
-    return {"precision": precision, "seed": seed, "steps": steps, "size": size, "loss": loss}
+def summary(runs: Sequence[dict[str, Any]], accelerator: str) -> list[dict[str, Any]]:
+    """For each task: what it is, and a row for each precision that has been trained, as has what it is held against."""
+    tables = []
+    for task in TASKS.values():
+        own = [run for run in runs if run["task"] == task.name]
+        figures: dict[str, dict[int, float | None]] = {}
+        for one in own:
+            figures.setdefault(one["precision"], {})[one["seed"]] = one["figure"]
+        rows = [
+            row(task, precision, figures[precision], figures[task.reference_of(precision)])
+            for precision in task.precisions(accelerator)
+            if precision in figures and task.reference_of(precision) in figures
+        ]
+        if rows:
+            about = {"task": task.name, "what": task.what, "unit": task.unit, "clips": task.clips}
+            tables.append({**about, "steps": own[0]["steps"], "rows": rows})
+    return tables
 
 
-def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each precision: the mean loss, its spread, and whether it is within the spread of FP32's seeds."""
-    losses: dict[str, dict[int, float]] = {}
-    for run in runs:
-        losses.setdefault(run["precision"], {})[run["seed"]] = run["loss"]
-    rows = []
-    for precision in PRECISIONS:
-        if precision not in losses or reference_of(precision) not in losses:
-            continue
-        mine, reference = losses[precision], losses[reference_of(precision)]
-        mean = statistics.mean(mine.values())
-        paired = [mine[seed] - reference[seed] for seed in mine if seed in reference]
-        rows.append(
-            {
-                "precision": precision,
-                "reference": reference_of(precision),
-                "seeds": len(mine),
-                "mean": mean,
-                "lowest": min(mine.values()),
-                "highest": max(mine.values()),
-                "mean_difference": statistics.mean(paired) if paired else None,
-                "within_the_references_spread": min(reference.values()) <= mean <= max(reference.values()),
-            }
-        )
-    return rows
+def row(
+    task: Task, precision: str, figures: Mapping[int, float | None], references: Mapping[int, float | None]
+) -> dict[str, Any]:
+    """A precision's mean and spread, and how they stand to those of FP32. None in `figures` is a run that diverged."""
+    reference = task.reference_of(precision)
+    finite = [figure for figure in figures.values() if figure is not None]
+    told = {"precision": precision, "reference": reference, "seeds": len(figures)}
+    if len(finite) < len(figures):
+        return {**told, **dict.fromkeys(("mean", "lowest", "highest", "mean_difference")), "verdict": "diverged"}
+    mean, spread = statistics.mean(finite), [figure for figure in references.values() if figure is not None]
+    paired = [figures[seed] - references[seed] for seed in figures if references.get(seed) is not None]  # type: ignore[operator]
+    verdict = "better" if mean < min(spread) else "worse" if mean > max(spread) else "inside"
+    return {
+        **told,
+        "mean": mean,
+        "lowest": min(finite),
+        "highest": max(finite),
+        "mean_difference": statistics.mean(paired) if paired else None,
+        "verdict": None if precision == reference or len(spread) < 2 else verdict,
+    }
 
 
-def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
-    """Print the table."""
-    table = Table("precision", "val. loss", "of its seeds", "- FP32", "in FP32's spread", title="Nats per byte")
-    for row in rows:
-        table.add_row(
-            row["precision"],
-            f"{row['mean']:.4f}",
-            f"{row['lowest']:.4f} to {row['highest']:.4f}",
-            "" if row["precision"] == row["reference"] else f"{row['mean_difference']:+.4f}",
-            "" if row["precision"] == row["reference"] else ("yes" if row["within_the_references_spread"] else "no"),
-        )
-    console.print(table)
+def show(tables: Sequence[dict[str, Any]], console: Console) -> None:
+    """Print a table for each task, within 60 columns."""
+    for one in tables:
+        title = f"{one['task']}: {one['unit']}, {one['steps']} steps"
+        head = ("precision", "mean", "its seeds", "- FP32", "spread")
+        table = Table(*head, title=title, box=None, padding=(0, 1, 0, 0), pad_edge=False)
+        for own in one["rows"]:
+            table.add_row(*cells(own))
+        console.print(table, "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is missing, print, and write the JSON. Returns 1 where a precision of ours is outside FP32's spread."""
+    """Run what is missing, print, and write the JSON. Returns 1 where one of ours is worse than FP32's seeds."""
     description = (__doc__ or "").splitlines()[0]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=description)
-    parser.add_argument("--steps", type=int, default=400, help="training steps of a run (default: 400)")
-    parser.add_argument("--size", help="of the example's GPT (default: tiny; nano where the CPU has no bf16)")
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds (default: 3)")
+    parser.add_argument("--task", nargs="+", choices=TASKS, default=tuple(TASKS), metavar="NAME", help=", ".join(TASKS))
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS, metavar="NAME")
+    parser.add_argument("--seeds", type=int, help="how many seeds (default: 3; with --quick 1)")
+    parser.add_argument("--steps", type=int, help=f"of every task (default: each its own; with --quick {QUICK_STEPS})")
+    parser.add_argument("--quick", action="store_true", help="a few steps, one seed, results in results/quick")
+    parser.add_argument("--accelerator", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
-    parser.add_argument("--out", type=Path, default=RESULTS / "accuracy_cpu.json", help="where the JSON goes")
-    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help="where the JSON goes (default: results/accuracy_ACCELERATOR.json)")
     arguments = parser.parse_args(argv)
-    if arguments.child:
-        precision, seed, steps, size = arguments.child
-        loss = train(precision, int(seed), int(steps), size)
-        print("\n" + json.dumps(loss))
-        return 0
 
-    native = train_gpt.multiplies_bf16()
-    size = arguments.size or ("tiny" if native else "nano")
-    options = ["--size", size, "--steps", str(arguments.steps), "--seeds", str(arguments.seeds)]
-    if set(arguments.precision) != set(PRECISIONS):
-        options += ["--precision", *(f'"{name}"' if " " in name else name for name in arguments.precision)]
-    where = {
-        **environment("benchmarks.accuracy", options),
-        "half_products": "the CPU's own" if native else "FP32 products of half operands, rounded to half",
-    }
-    runs = kept(arguments.out, where["commit"], arguments.steps, size)
-    done = {(run["precision"], run["seed"]) for run in runs}
-    todo = [(p, s) for s in range(arguments.seeds) for p in arguments.precision if (p, s) not in done]
+    accelerator = arguments.accelerator or ("cuda" if torch.cuda.is_available() else "cpu")
+    asked = arguments.steps or (QUICK_STEPS if arguments.quick else None)
+    steps = {name: asked or task.steps for name, task in TASKS.items()}
+    seeds = arguments.seeds or (1 if arguments.quick else 3)
+    out = arguments.out or (RESULTS / "quick" if arguments.quick else RESULTS) / f"accuracy_{accelerator}.json"
     threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
+    where = described(sys.argv[1:] if argv is None else argv, accelerator, threads)
+    runs = kept(out, where, steps)
+    done = {(run["task"], run["precision"], run["seed"]) for run in runs}
+    todo = [
+        (name, precision, seed)
+        for seed in range(seeds)
+        for name in arguments.task
+        for precision in TASKS[name].precisions(accelerator)
+        if precision in arguments.precision and (name, precision, seed) not in done
+    ]
+
     console = Console()
-    with Progress(console=console) as progress, ThreadPoolExecutor(arguments.jobs) as pool:
-        bar = progress.add_task("training", total=len(todo))
+    with Progress(console=console) as progress, workers(arguments.jobs, threads) as pool:
+        futures = [pool.submit(run, *case, steps[case[0]], accelerator) for case in todo]
+        bar = progress.add_task("training", total=len(futures))
+        try:
+            for future in as_completed(futures):
+                runs.append(future.result())
+                write_result(out, {"environment": where, "runs": runs, "summary": summary(runs, accelerator)})
+                progress.advance(bar)
+        finally:
+            pool.shutdown(cancel_futures=True)  # where one has failed, the others need not begin
+    tables = summary(runs, accelerator)
+    show(tables, console)
+    rows = [row for table in tables for row in table["rows"] if row["precision"].startswith("mpt-")]
+    return 1 if any(row["verdict"] in ("worse", "diverged") for row in rows) else 0
 
-        def run_one(case: tuple[str, int]) -> None:
-            runs.append(train_apart(*case, arguments.steps, size, threads))
-            write_result(arguments.out, {"environment": where, "runs": list(runs), "summary": summary(runs)})
-            progress.advance(bar)
 
-        list(pool.map(run_one, todo))
-    rows = summary(runs)
-    show(rows, console)
-    write_result(arguments.out, {"environment": where, "runs": runs, "summary": rows})
-    outside = [row for row in rows if row["precision"].startswith(OURS) and not row["within_the_references_spread"]]
-    return 1 if outside else 0
+def workers(jobs: int, threads: int) -> ProcessPoolExecutor:
+    """Fresh processes, one for each run at a time. A GPU cannot be used in a forked one."""
+    fresh = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(jobs, fresh, initializer=torch.set_num_threads, initargs=(threads,))
 
 
-def kept(path: Path, commit: str, steps: int, size: str) -> list[dict[str, Any]]:
-    """The runs in an earlier result that are of the same commit, length and size."""
+def described(argv: Sequence[str], accelerator: str, threads: int) -> dict[str, Any]:
+    """Where the runs are made, and whose half products they have."""
+    where = environment("benchmarks.accuracy", [f'"{one}"' if " " in one else one for one in argv])
+    if accelerator == "cpu":
+        own = "the CPU's own" if native() else "FP32 products of half operands, rounded to half"
+        return {**where, "cpu_threads": threads, "gpu": None, "half_products": own}
+    return {**where, "half_products": "the GPU's own"}
+
+
+def kept(path: Path, where: Mapping[str, Any], steps: Mapping[str, int]) -> list[dict[str, Any]]:
+    """The runs in an earlier result that are of the same commit and device, and as long."""
     if not path.exists():
         return []
     earlier = json.loads(path.read_text(encoding="utf-8"))
-    if earlier["environment"]["commit"] != commit:
+    if any(earlier["environment"].get(key) != where[key] for key in DEVICE):
         return []
-    return [run for run in earlier["runs"] if run["steps"] == steps and run.get("size") == size]
+    return [run for run in earlier["runs"] if "task" in run and run["steps"] == steps[run["task"]]]
 
 
 if __name__ == "__main__":

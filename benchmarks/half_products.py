@@ -5,6 +5,10 @@ FP32. What such a product *is* can be had from an FP32 one: a product of two hal
 FP32 in either, and the result is rounded to half. So operands are widened, multiplied, and rounded. Only the order of
 the sums may differ, as it does between any two devices.
 
+An LSTM is one operator in FP32 and under autocast: inputs, weights and results are half, what is between them is FP32.
+A half LSTM torch makes of small operators on such CPUs: the products are these, and every gate and cell state is
+rounded to half, step by step.
+
 It takes FP32 copies of the operands, so nothing that measures memory or time may use it: it is for the benchmarks that
 ask how well a network trains.
 """
@@ -25,15 +29,30 @@ PRODUCTS = {
     aten.baddbmm.default,
     aten.convolution.default,
     aten.convolution_backward.default,
+    aten.mkldnn_rnn_layer.default,
+    aten.mkldnn_rnn_layer_backward.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
 }
-STATISTICS = {aten._scaled_dot_product_flash_attention_for_cpu.default: 1}
-"""How many of an operator's results are half; the others are FP32 in any case. Not told: all."""
+HALF_RESULTS = {aten._scaled_dot_product_flash_attention_for_cpu.default: 1, aten.mkldnn_rnn_layer.default: 3}
+"""How many of an operator's results are half; the others, statistics and workspace, stay as they are. Not told: all."""
+
+
+def native() -> bool:
+    """Whether torch has fast products for this CPU in both bf16 and fp16. Where it cannot tell, yes."""
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    except AttributeError:  # not built with oneDNN
+        return True
 
 
 class HalfProducts(TorchDispatchMode):
     """Within it, products of half tensors on the CPU are computed in FP32 and rounded to half."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: nothing is compiled here, and keeping torch.compile out takes longer than a small operator does."""
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -46,7 +65,7 @@ class HalfProducts(TorchDispatchMode):
         result = func(*wide[0], **wide[1])
         if isinstance(result, Tensor):
             return result.to(halves[0])
-        count = STATISTICS.get(func, len(result))
+        count = HALF_RESULTS.get(func, len(result))
         return tuple(
             value.to(halves[0]) if index < count and isinstance(value, Tensor) else value
             for index, value in enumerate(result)

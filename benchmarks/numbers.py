@@ -11,7 +11,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,25 +91,34 @@ def step_range(result: dict[str, Any]) -> str:
 
 
 def accuracy(result: dict[str, Any]) -> str:
-    """Validation losses by precision, against FP32's own seeds."""
-    rows = []
-    for row in result["summary"]:
-        is_reference = row["precision"] == row["reference"]
-        rows.append(
-            [
-                f"`{row['precision']}`",
-                f"{row['mean']:.4f}",
-                f"{row['lowest']:.4f} to {row['highest']:.4f}",
-                "" if is_reference else f"{row['mean_difference']:+.4f}",
-                "" if is_reference else ("yes" if row["within_the_references_spread"] else "no"),
-            ]
-        )
-    seeds = result["summary"][0]["seeds"]
-    head = ["precision", "nats per byte", f"{seeds} seeds", "against FP32", "within FP32's spread"]
-    run = result["runs"][0]
-    products = result["environment"].get("half_products", "")
-    note = f"\n\nThe example's GPT, `{run['size']}`, {run['steps']} steps. Half products: {products}."
-    return table(head, rows) + note + source(result)
+    """Figures by task and precision, against FP32's own seeds; before them, how often each precision is inside."""
+    judged: dict[str, list[str]] = {}
+    for task in result["summary"]:
+        for row in task["rows"]:
+            if row["verdict"]:
+                judged.setdefault(row["precision"], []).append(row["verdict"])
+    inside = ", ".join(f"`{name}` {said.count('inside')} of {len(said)}" for name, said in judged.items())
+    parts = [f"Within the spread of FP32's seeds: {inside}."]
+    for task in result["summary"]:
+        seeds = task["rows"][0]["seeds"]
+        clipping = "gradients clipped" if task["clips"] else "no clipping"
+        parts.append(f"`{task['task']}`: {task['what']}, {task['steps']} steps, {clipping}.")
+        rows = [[f"`{name}`", *others] for name, *others in map(cells, task["rows"])]
+        head = ["precision", task["unit"], f"{seeds} seeds", "against FP32", "FP32's spread"]
+        parts.append(table(head, rows))
+    products = f"Half products: {result['environment']['half_products']}."
+    return "\n\n".join([*parts, products]) + source(result)
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """A row of `accuracy` as it is shown: precision, mean, spread, difference, verdict."""
+    if row["mean"] is None:
+        return [row["precision"], "", "", "", row["verdict"]]
+    places = 4 if row["highest"] < 10 else 2
+    mean, lowest, highest = (f"{row[key]:.{places}f}" for key in ("mean", "lowest", "highest"))
+    difference = None if row["precision"] == row["reference"] else row["mean_difference"]
+    told = "" if difference is None else f"{difference:+.{places}f}"
+    return [row["precision"], mean, f"{lowest}-{highest}", told, row["verdict"] or ""]
 
 
 def ablation(result: dict[str, Any]) -> str:
@@ -133,14 +142,15 @@ def ablation(result: dict[str, Any]) -> str:
 
 
 def preset_cost(result: dict[str, Any]) -> str:
-    """In words: what each preset costs in accuracy."""
-    rows = {row["precision"]: row for row in result["summary"]}
+    """In words: what each preset costs the example in accuracy."""
+    (task,) = [task for task in result["summary"] if task["task"] == "gpt"]
+    rows = {row["precision"]: row for row in task["rows"]}
     presets = {"exact": "mpt-bf16-true", "compact": "mpt-bf16-true:compact", "minimal": "mpt-bf16-true:minimal"}
     costs = ", ".join(f"`{name}` {rows[row]['mean_difference']:+.4f}" for name, row in presets.items())
-    fp32, run = rows["32-true"], result["runs"][0]
+    fp32 = rows["32-true"]
     spread = fp32["highest"] - fp32["lowest"]
     return (
-        f"On the example (`{run['size']}`, {run['steps']} steps on a CPU, {fp32['seeds']} seeds) they end at {costs}\n"
+        f"On the example (`nano`, {task['steps']} steps on a CPU, {fp32['seeds']} seeds) they end at {costs}\n"
         f"nats per byte from FP32, whose own seeds are {spread:.4f} apart; `minimal` against FP32 without clipping."
     )
 
