@@ -15,11 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import words
 from benchmarks.common import RESULTS, ROOT
 
 PAGES = (ROOT / "README.md", ROOT / "docs" / "numbers.md")
 BLOCK = re.compile(r"(<!-- numbers: (?P<name>[\w-]+) -->\n).*?(<!-- /numbers -->)", re.DOTALL)
-EXACT = "mpt exact (split)"
 
 
 def filled(text: str, results: Path = RESULTS) -> str:
@@ -44,7 +44,9 @@ def memory(result: dict[str, Any]) -> str:
         shares = {row["precision"]: row["share_of_32_true"] for row in case["rows"]}
         fp32 = next(row["peak_bytes"] for row in case["rows"] if row["precision"] == "32-true")
         rows.append([network, f"{fp32 / 2**20:.0f} MiB", *(f"{shares[name]:.3f}" for name in precisions[1:])])
-    return table(["peak of a step", "`32-true`", *(f"`{name}`" for name in precisions[1:])], rows) + source(result)
+    return table(["peak of a step", "`32-true`", *(f"`{name}`" for name in precisions[1:])], rows) + words.source(
+        result
+    )
 
 
 def step_time(result: dict[str, Any]) -> str:
@@ -55,7 +57,7 @@ def step_time(result: dict[str, Any]) -> str:
         timed.setdefault(row["case"], {})[model] = f"{row['times_the_reference']:.2f}"
     models = list(next(iter(timed.values())))
     rows = [[case, *(by_model.get(model, "") for model in models)] for case, by_model in timed.items()]
-    return table(["a step, times torch's fused FP32 AdamW", *models], rows) + source(result)
+    return table(["a step, times torch's fused FP32 AdamW", *models], rows) + words.source(result)
 
 
 def held(result: dict[str, Any]) -> str:
@@ -70,24 +72,7 @@ def held(result: dict[str, Any]) -> str:
         ]
         for row in result["memory"]
     ]
-    return table(["model", "step", "bytes per parameter", "measured", "a step adds"], rows) + source(result)
-
-
-def step_range(result: dict[str, Any]) -> str:
-    """In words: what a step of ours costs on a CPU, by masters."""
-
-    def span(case: str) -> str:
-        large = [row for row in result["time"] if row["device"] == "cpu" and row["case"] == case]
-        times = [row["times_the_reference"] for row in large if 100 <= row["tensors"] < 200]  # the GPTs
-        return f"{min(times):.1f} to {max(times):.1f}"
-
-    small = max(row["times_the_reference"] for row in result["time"] if row["case"] == EXACT and row["device"] == "cpu")
-    return (
-        f"A step there takes {span(EXACT)} times torch's fused FP32 AdamW (`float32` masters: "
-        f"{span('mpt float32 masters')}; up to {small:.1f} over many small tensors), a few per cent of a training\n"
-        "step. `compact` takes many times more: it trades time on a CPU for memory. The update for CPUs is written\n"
-        "to be right, the fast one is for the GPU."
-    )
+    return table(["model", "step", "bytes per parameter", "measured", "a step adds"], rows) + words.source(result)
 
 
 def accuracy(result: dict[str, Any]) -> str:
@@ -107,7 +92,7 @@ def accuracy(result: dict[str, Any]) -> str:
         head = ["precision", task["unit"], f"{seeds} seeds", "against FP32", "FP32's spread"]
         parts.append(table(head, rows))
     products = f"Half products: {result['environment']['half_products']}."
-    return "\n\n".join([*parts, products]) + source(result)
+    return "\n\n".join([*parts, products]) + words.source(result)
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
@@ -138,21 +123,7 @@ def ablation(result: dict[str, Any]) -> str:
             ]
         )
     head = ["run", "nats per byte", "against FP32", "shows", "gradients that are 0", "updates lost", "skipped"]
-    return table(head, rows) + source(result)
-
-
-def preset_cost(result: dict[str, Any]) -> str:
-    """In words: what each preset costs the example in accuracy."""
-    (task,) = [task for task in result["summary"] if task["task"] == "gpt"]
-    rows = {row["precision"]: row for row in task["rows"]}
-    presets = {"exact": "mpt-bf16-true", "compact": "mpt-bf16-true:compact", "minimal": "mpt-bf16-true:minimal"}
-    costs = ", ".join(f"`{name}` {rows[row]['mean_difference']:+.4f}" for name, row in presets.items())
-    fp32 = rows["32-true"]
-    spread = fp32["highest"] - fp32["lowest"]
-    return (
-        f"On the example (`nano`, {task['steps']} steps on a CPU, {fp32['seeds']} seeds) they end at {costs}\n"
-        f"nats per byte from FP32, whose own seeds are {spread:.4f} apart; `minimal` against FP32 without clipping."
-    )
+    return table(head, rows) + words.source(result)
 
 
 def throughput(result: dict[str, Any]) -> str:
@@ -177,7 +148,7 @@ def throughput(result: dict[str, Any]) -> str:
             )
     reference = next(iter(result["networks"].values()))["reference"]
     head = ["network", "precision", "ms a step (p20 to p80)", "steps/s", "per second", f"times `{reference}`", "goal"]
-    return table(head, rows) + source(result)
+    return table(head, rows) + words.source(result)
 
 
 def profiler(result: dict[str, Any]) -> str:
@@ -191,7 +162,7 @@ def profiler(result: dict[str, Any]) -> str:
         ]
         for row in result["peak"]
     ]
-    return table(["network", "the allocator's peak", "here", "torch's MemTracker"], rows) + source(result)
+    return table(["network", "the allocator's peak", "here", "torch's MemTracker"], rows) + words.source(result)
 
 
 def estimate(result: dict[str, Any]) -> str:
@@ -210,12 +181,18 @@ def estimate(result: dict[str, Any]) -> str:
             ]
         )
     head = ["network", "precision", "measured peak", "the estimate's error", "worst category, of the peak"]
+    return table(head, rows) + _large_estimate(result) + words.source(result)
+
+
+def _large_estimate(result: dict[str, Any]) -> str:
+    if "large" not in result:
+        return ""
     large = " and ".join(
         f"{row['seconds']:.0f} s and {row['host_peak_rss_bytes'] / 2**30:.1f} GiB of host memory for "
         f"`{row['precision']}` ({row['peak_bytes'] / 1e9:.1f} GB)"
         for row in result["large"]["rows"]
     )
-    return table(head, rows) + f"\n\nGPT-2 XL at 8 x 1024 for CUDA takes {large}." + source(result)
+    return f"\n\nGPT-2 XL at 8 x 1024 for CUDA takes {large}."
 
 
 def networks(result: dict[str, Any]) -> str:
@@ -251,7 +228,7 @@ def networks(result: dict[str, Any]) -> str:
             f"A model's peak is extended from few layers of its width: for GPT-2 large that is {max(errors):.2%} "
             "off at most.",
         ]
-    ) + source(result)
+    ) + words.source(result)
 
 
 def _model(model: dict[str, int]) -> str:
@@ -268,21 +245,23 @@ def networks_measured(result: dict[str, Any]) -> str:
         shown = f"{real / 1e9:.2f} GB" if real else "failed" if "error" in row else "does not fit"
         error = f"{row['peak_bytes'] / real - 1:+.1%}" if real else ""
         rows.append([row["network"], f"`{row['precision']}`", f"{row['peak_bytes'] / 1e9:.2f} GB", shown, error])
-    return table(["network", "precision", "estimated", "measured", "off by"], rows) + source(result)
+    return table(["network", "precision", "estimated", "measured", "off by"], rows) + words.source(result)
 
 
 NUMBERS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "memory": ("memory_cpu", memory),
     "step-time": ("step_time", step_time),
-    "step-range": ("step_time", step_range),
+    "step-range": ("step_time", words.step_range),
     "held": ("step_time", held),
     "accuracy": ("accuracy_cpu", accuracy),
     "ablation": ("ablation_cpu", ablation),
     "throughput": ("throughput_*", throughput),
-    "preset-cost": ("accuracy_cpu", preset_cost),
+    "preset-cost": ("accuracy_cpu", words.preset_cost),
     "profiler": ("profiler_cpu", profiler),
     "estimate": ("estimate_*", estimate),
     "networks": ("networks", networks),
+    "fits": ("networks", words.fits),
+    "speed": ("throughput_*", words.speed),
     "networks-measured": ("networks_cuda", networks_measured),
 }
 MODULES = {
@@ -300,16 +279,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def source(result: dict[str, Any]) -> str:
-    """Where a number is from."""
-    where = result["environment"]
-    device = where["gpu"]["name"] if where["gpu"] else f"{where['cpu']}, {where['cpu_threads']} threads"
-    return (
-        f"\n\n{device}, torch {where['versions']['torch']}, commit {where['commit'][:10]}, {where['date'][:10]}: "
-        f"`{where['command']}`"
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
