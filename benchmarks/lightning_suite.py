@@ -5,8 +5,9 @@
 
 Every Trainer that a test makes without a precision of its own is given one: in a first run `precision="bf16-true"`, in
 a second `plugins=[MasterWeightPrecision("bf16-true")]`. All on the CPU, a process for each folder. Printed are the
-counts, and each test that passes in the first run alone: with its reason where `lightning_differences.py` knows one,
-else the command exits with 1. Lightning's wheel does not hold its tests, hence the checkout.
+counts, and each test that passes in the first run alone. Such a test is run once more with a plugin that adds nothing
+to what is logged, saved and called: what passes then has counted that. For others `lightning_differences.py` may know a
+reason; else the command exits with 1. Lightning's wheel does not hold its tests, hence the checkout.
 
 What became of each test is kept in the folder that `--outcomes` names, and what is there is not run again: a run that
 was cut short goes on. Delete the files there of what is to be run anew.
@@ -18,7 +19,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -28,8 +29,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.common import RESULTS, ROOT, environment, write_result
-from benchmarks.lightning_differences import reason
-from benchmarks.lightning_suite_plugin import OUTCOMES, PRECISION, blame, read
+from benchmarks.lightning_differences import ADDED, reason
+from benchmarks.lightning_suite_plugin import BARE, OUTCOMES, PRECISION, blame, read
 
 THEIRS, OURS = "bf16-true", "mpt-bf16-true"
 RESULT = RESULTS / "lightning_suite.json"
@@ -40,22 +41,24 @@ Runs = Mapping[str, Mapping[str, tuple[str, str]]]
 
 
 def folders(checkout: Path, targets: Sequence[str]) -> dict[str, list[str]]:
-    """The test files of the targets (files or folders below `tests`), by the folder that they are in."""
+    """The test files of the targets (files or folders below `tests`): what is run at once, by its name."""
     found: dict[str, list[str]] = {}
     for target in targets:
         path = checkout / "tests" / target
-        for file in [path] if path.is_file() else sorted(path.rglob("test_*.py")):
+        if path.is_file():
+            found[target] = [target]
+        for file in sorted(path.rglob("test_*.py")):
             name = file.relative_to(checkout / "tests")
             found.setdefault(name.parent.as_posix(), []).append(name.as_posix())
     return found
 
 
-def run(checkout: Path, files: Sequence[str], precision: str, outcomes: Path) -> None:
-    """Run test files under a precision; once more for the rest of them wherever a test ended the interpreter."""
+def run(checkout: Path, tests: Sequence[str], precision: str, outcomes: Path) -> None:
+    """Run tests (files, or single ones) under a precision; once more for the rest where one ended the interpreter."""
     command = [
         sys.executable, "-m", "pytest", "-q", "--tb=short", "--rootdir", str(checkout), "--color=no",
         "-p", "benchmarks.lightning_suite_plugin", "-p", "no:cacheprovider", "--continue-on-collection-errors",
-        "-k", " and ".join(f"not {word}" for word in OTHER_PROCESSES), *files,
+        "-k", " and ".join(f"not {word}" for word in OTHER_PROCESSES), *tests,
     ]  # fmt: skip
     path = os.pathsep.join([str(ROOT), str(checkout / "tests"), os.environ.get("PYTHONPATH", "")])
     variables = {PRECISION: precision, OUTCOMES: str(outcomes), "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
@@ -110,8 +113,17 @@ def lost(runs: Runs) -> dict[str, str]:
     }
 
 
-def result(runs: Runs) -> dict[str, Any]:
-    """What is kept: the counts by folder, and the tests that are lost, by reason."""
+def pass_bare(checkout: Path, tests: Sequence[str], kept: Path) -> set[str]:
+    """Those of the tests that pass where the plugin adds nothing to what is logged, saved and called."""
+    outcomes = kept / "bare.jsonl"
+    outcomes.unlink(missing_ok=True)
+    if tests:
+        run(checkout, tests, OURS + BARE, outcomes)
+    return {name.removeprefix("tests/") for name, (outcome, _) in read(outcomes).items() if outcome == "passed"}
+
+
+def result(runs: Runs, bare: Container[str] = ()) -> dict[str, Any]:
+    """What is kept: the counts by folder, and the tests that are lost, by reason. `bare`: what `pass_bare` gave."""
     counts: dict[str, dict[str, Counter[str]]] = {}
     for precision, outcomes in runs.items():
         for name, (outcome, _) in outcomes.items():
@@ -120,7 +132,7 @@ def result(runs: Runs) -> dict[str, Any]:
     explained: dict[str, list[str]] = {}
     unexplained = []
     for name in sorted(lost(runs)):
-        if why := reason(name):
+        if why := ADDED if name in bare else reason(name):
             explained.setdefault(why, []).append(name)
         else:
             unexplained.append(name)
@@ -138,15 +150,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help=f"where to write the result ({RESULT.name} if all are run)")
     options = parser.parse_args(arguments)
     checkout = options.checkout.resolve()
-    kept = options.outcomes or checkout / "outcomes"
-    runs = run_all(checkout, options.targets, kept.resolve(), options.jobs)
-    found, problems = result(runs), lost(runs)
+    kept = (options.outcomes or checkout / "outcomes").resolve()
+    runs = run_all(checkout, options.targets, kept, options.jobs)
+    problems = lost(runs)
+    found = result(runs, pass_bare(checkout, list(problems), kept))
     for precision, outcomes in runs.items():
         print(precision, dict(Counter(outcome for outcome, _ in outcomes.values())))
     for why, names in found["explained"].items():
         print(f"by design: {why}", *names, sep="\n    ")
     for name in found["unexplained"]:
-        print(f"failed under {OURS} alone: {name}\n    {problems[name].strip().splitlines()[-1:]}")
+        print(f"failed under {OURS} alone: {name}\n    {problems[name].strip()}")
     out = options.out or (RESULT if options.targets == parser.get_default("targets") else None)
     if out is not None:
         where = environment("benchmarks.lightning_suite", ["lightning-checkout"])

@@ -2,7 +2,8 @@
 
 `lightning_suite.py` starts pytest with it. It is told by the environment:
 
-LIGHTNING_SUITE_PRECISION   the precision of every Trainer that a test makes without one of its own
+LIGHTNING_SUITE_PRECISION   the precision of every Trainer that a test makes without one of its own; with BARE at its
+                            end, our plugin adds nothing to what is logged, saved and called
 LIGHTNING_SUITE_OUTCOMES    the file to write to: JSON lines of a test, its outcome, and what went wrong
 
 A test is written down when it starts, too, and one that came to an end is not run again. So where a test ends the
@@ -19,8 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.fabric.plugins.precision import Precision
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import Strategy
+
+from lightning_mpt import MasterWeightPrecision
+from lightning_mpt.precisions import trainer_arguments
 
 PRECISION, OUTCOMES = "LIGHTNING_SUITE_PRECISION", "LIGHTNING_SUITE_OUTCOMES"
+BARE = " bare"
 TEST_SECONDS = 30
 """A test that takes longer fails: some wait for processes that never come."""
 STUCK_SECONDS = 90
@@ -30,7 +38,10 @@ STARTED, FINISHED = "started", "finished"
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "flaky: of pytest-rerunfailures, which need not be installed")
-    _give_trainers(os.environ[PRECISION])
+    precision = os.environ[PRECISION]
+    _give_trainers(precision.removesuffix(BARE))
+    if precision.endswith(BARE):
+        _add_nothing()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -91,12 +102,6 @@ def _write(outcomes: str | Path, name: str, outcome: str, problem: str = "") -> 
 
 
 def _give_trainers(precision: str) -> None:
-    from lightning.fabric.plugins.precision import Precision
-    from lightning.pytorch import Trainer
-    from lightning.pytorch.strategies import Strategy
-
-    from lightning_mpt.precisions import trainer_arguments
-
     original = Trainer.__init__
 
     @functools.wraps(original)
@@ -115,3 +120,15 @@ def _give_trainers(precision: str) -> None:
         original(self, *args, **kwargs)
 
     Trainer.__init__ = init  # type: ignore[method-assign]
+
+
+def _add_nothing() -> None:
+    """No metrics and callbacks of the plugin, and no entry in checkpoints: what some tests count."""
+    original = MasterWeightPrecision._attach
+
+    def attach(self: MasterWeightPrecision, module: Any, lr_schedulers: list[Any]) -> None:
+        original(self, module, lr_schedulers)
+        module.trainer.callbacks[:] = [one for one in module.trainer.callbacks if one not in self._callbacks]
+
+    MasterWeightPrecision._attach = attach  # type: ignore[method-assign]
+    MasterWeightPrecision.state_dict = lambda self: {}  # type: ignore[method-assign]

@@ -168,6 +168,27 @@ def estimate(result: dict[str, Any]) -> str:
     return "\n".join(lines) + source(result)
 
 
+def lightning_suite(result: dict[str, Any]) -> str:
+    """Lightning's own tests: how many pass, by folder, and why some are not to."""
+    meant = [test.split("/")[1].partition("::")[0] for tests in result["explained"].values() for test in tests]
+    counts = [
+        [folder, sum(theirs.values()), theirs.get("passed", 0), ours.get("passed", 0), meant.count(folder)]
+        for folder, (theirs, ours) in ((name, count.values()) for name, count in result["folders"].items())
+    ]
+    counts.append(["all", *(sum(row[column] for row in counts) for column in range(1, 5))])
+    rows = [[str(cell) for cell in row] for row in counts]
+    head = [
+        "folder",
+        "tests",
+        "pass under `bf16-true`",
+        "pass under `mpt-bf16-true`",
+        "fail under ours alone, by design",
+    ]
+    reasons = [f"- {len(tests)}: {why}" for why, tests in result["explained"].items()]
+    others = f"Fail under ours alone for no such reason: {len(result['unexplained'])}."
+    return "\n".join([table(head, rows), "", *reasons, "", others]) + source(result)
+
+
 NUMBERS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "memory": ("memory_cpu", memory),
     "step-time": ("step_time", step_time),
@@ -178,6 +199,7 @@ NUMBERS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "preset-cost": ("accuracy_cpu", preset_cost),
     "profiler": ("profiler_cpu", profiler),
     "estimate": ("estimate_cpu", estimate),
+    "lightning-suite": ("lightning_suite", lightning_suite),
 }
 MODULES = {
     "memory_cpu": "memory",
