@@ -1,6 +1,6 @@
 """Lightning's tests that pass under `bf16-true` and not under the plugin, by design: which, and why."""
 
-ADDED = "The plugin adds two metrics, two callbacks during `fit` and its entry in checkpoints; the test counts all there are."
+ADDED = "The plugin adds two metrics, two callbacks and an entry in checkpoints; the test counts all there are."
 """Found by a run in which it adds nothing, and not listed."""
 
 REASONS: dict[str, tuple[str, ...]] = {
