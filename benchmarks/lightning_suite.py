@@ -34,7 +34,7 @@ from benchmarks.lightning_suite_plugin import BARE, OUTCOMES, PRECISION, blame, 
 
 THEIRS, OURS = "bf16-true", "mpt-bf16-true"
 RESULT = RESULTS / "lightning_suite.json"
-OTHER_PROCESSES = ("ddp", "spawn", "fork", "fsdp", "deepspeed", "standalone", "kill")
+OTHER_PROCESSES = ("ddp", "spawn", "fork", "fsdp", "deepspeed", "standalone", "kill", "spike")
 """Tests with these in their names start processes, in which there would be no plugin."""
 Runs = Mapping[str, Mapping[str, tuple[str, str]]]
 """Precision -> test -> outcome, and what went wrong."""
