@@ -160,10 +160,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"by design: {why}", *names, sep="\n    ")
     for name in found["unexplained"]:
         print(f"failed under {OURS} alone: {name}\n    {problems[name].strip()}")
-    out = options.out or (RESULT if options.targets == parser.get_default("targets") else None)
+    whole = options.targets == parser.get_default("targets")
+    out = options.out or (RESULT if whole else None)
     if out is not None:
-        where = environment("benchmarks.lightning_suite", ["lightning-checkout"])
-        write_result(out, {"environment": where, **found})
+        where = environment("benchmarks.lightning_suite", ["lightning-checkout", *([] if whole else options.targets)])
+        told = checkout / "src" / "version.info"
+        tests_of = told.read_text(encoding="utf-8").strip() if told.exists() else None
+        write_result(out, {"environment": where, "tests_of_lightning": tests_of, **found})
     return len(found["unexplained"]) > 0
 
 
