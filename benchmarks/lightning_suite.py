@@ -1,132 +1,173 @@
 """Lightning's own tests under the plugin: whatever passes in Lightning's `bf16-true` must pass in ours.
 
     git clone --branch 2.6.5 https://github.com/Lightning-AI/pytorch-lightning lightning-checkout
-    python -m benchmarks.lightning_suite lightning-checkout [tests_pytorch/callbacks ...] [--json OUT]
+    python -m benchmarks.lightning_suite lightning-checkout [tests_pytorch/callbacks ...]
 
 Every Trainer that a test makes without a precision of its own is given one: in a first run `precision="bf16-true"`, in
-a second `plugins=[MasterWeightPrecision("bf16-true")]`. All on the CPU, in one process. Printed are the counts, and
-each test that passes in the first run alone. Lightning's wheel does not hold its tests, hence the checkout. This module
-is also the pytest plugin that the two runs are made with.
+a second `plugins=[MasterWeightPrecision("bf16-true")]`. All on the CPU, a process for each folder. Printed are the
+counts, and each test that passes in the first run alone. Such a test is run once more with a plugin that adds nothing
+to what is logged, saved and called: what passes then has counted that. For others `lightning_differences.py` may know a
+reason; else the command exits with 1. Lightning's wheel does not hold its tests, hence the checkout.
+
+What became of each test is kept in the folder that `--outcomes` names, and what is there is not run again: a run that
+was cut short goes on. Delete the files there of what is to be run anew.
 """
 
 import argparse
-import functools
-import json
 import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Container, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import pytest
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.common import ROOT
+from benchmarks.common import RESULTS, ROOT, environment, write_result
+from benchmarks.lightning_differences import ADDED, reason
+from benchmarks.lightning_suite_plugin import BARE, OUTCOMES, PRECISION, blame, read
 
 THEIRS, OURS = "bf16-true", "mpt-bf16-true"
-FOLDERS = ("trainer", "loops", "callbacks", "models", "checkpointing", "core", "tuner")
-PRECISION, OUTCOMES = "LIGHTNING_SUITE_PRECISION", "LIGHTNING_SUITE_OUTCOMES"
-OTHER_PROCESSES = ("ddp", "spawn", "fork", "fsdp", "deepspeed", "standalone", "kill")
+RESULT = RESULTS / "lightning_suite.json"
+OTHER_PROCESSES = ("ddp", "spawn", "fork", "fsdp", "deepspeed", "standalone", "kill", "spike")
 """Tests with these in their names start processes, in which there would be no plugin."""
-TEST_SECONDS = 20
-"""A test that takes longer fails: some wait for processes that never come."""
+Runs = Mapping[str, Mapping[str, tuple[str, str]]]
+"""Precision -> test -> outcome, and what went wrong."""
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """In the pytest that runs the suite: give Trainers a precision."""
-    config.addinivalue_line("markers", "flaky: of pytest-rerunfailures, which need not be installed")
-    if PRECISION in os.environ:
-        _give_trainers(os.environ[PRECISION])
+def folders(checkout: Path, targets: Sequence[str]) -> dict[str, list[str]]:
+    """The test files of the targets (files or folders below `tests`): what is run at once, by its name."""
+    found: dict[str, list[str]] = {}
+    for target in targets:
+        path = checkout / "tests" / target
+        if path.is_file():
+            found[target] = [target]
+        for file in sorted(path.rglob("test_*.py")):
+            name = file.relative_to(checkout / "tests")
+            found.setdefault(name.parent.as_posix(), []).append(name.as_posix())
+    return found
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
-    def stop(*_: Any) -> None:
-        raise TimeoutError(f"took over {TEST_SECONDS} s")
-
-    signal.signal(signal.SIGALRM, stop)
-    signal.alarm(TEST_SECONDS)
-    try:
-        return (yield)
-    finally:
-        signal.alarm(0)
-
-
-def _give_trainers(precision: str) -> None:
-    from lightning.fabric.plugins.precision import Precision
-    from lightning.pytorch import Trainer
-    from lightning.pytorch.strategies import Strategy
-
-    from lightning_mpt.precisions import trainer_arguments
-
-    original = Trainer.__init__
-
-    @functools.wraps(original)
-    def init(self: Trainer, *args: Any, **kwargs: Any) -> None:
-        plugins = kwargs.get("plugins") or []
-        plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
-        strategy = kwargs.get("strategy")
-        own = (
-            kwargs.get("precision") is not None
-            or any(isinstance(plugin, Precision) for plugin in plugins)
-            or (isinstance(strategy, Strategy) and strategy._precision_plugin is not None)
-        )
-        if not own:
-            given = trainer_arguments(precision)
-            kwargs |= {**given, "plugins": [*plugins, *given.get("plugins", [])]}
-        original(self, *args, **kwargs)
-
-    Trainer.__init__ = init  # type: ignore[method-assign]
+def run(checkout: Path, tests: Sequence[str], precision: str, outcomes: Path) -> None:
+    """Run tests (files, or single ones) under a precision; once more for the rest where one ended the interpreter."""
+    command = [
+        sys.executable, "-m", "pytest", "-q", "--tb=short", "--rootdir", str(checkout), "--color=no",
+        "-p", "benchmarks.lightning_suite_plugin", "-p", "no:cacheprovider", "--continue-on-collection-errors",
+        "-k", " and ".join(f"not {word}" for word in OTHER_PROCESSES), *tests,
+    ]  # fmt: skip
+    path = os.pathsep.join([str(ROOT), str(checkout / "tests"), os.environ.get("PYTHONPATH", "")])
+    variables = {PRECISION: precision, OUTCOMES: str(outcomes), "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    known = -1
+    while "" not in read(outcomes) and len(read(outcomes)) > known:
+        known = len(read(outcomes))
+        with outcomes.with_suffix(".log").open("a", encoding="utf-8") as log:
+            process = subprocess.Popen(
+                command,
+                cwd=checkout / "tests",
+                env={"OMP_NUM_THREADS": "1", **os.environ, **variables},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+            process.wait()
+            blame(outcomes)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what tests have left running
 
 
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Keep each outcome at once: the last word on a test is what counts, and what went wrong before."""
-    if OUTCOMES in os.environ and (report.when == "call" or report.outcome != "passed"):
-        with open(os.environ[OUTCOMES], "a") as file:
-            print(json.dumps([report.nodeid, report.outcome, report.longreprtext]), file=file)
+def run_all(checkout: Path, targets: Sequence[str], kept: Path, jobs: int) -> Runs:
+    """Every folder's tests under both precisions, `jobs` at a time, with a bar for how far they are."""
+    kept.mkdir(parents=True, exist_ok=True)
+    parts = folders(checkout, targets)
+    runs: dict[str, dict[str, tuple[str, str]]] = {THEIRS: {}, OURS: {}}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress, ThreadPoolExecutor(jobs) as pool:
+        bar = progress.add_task("Lightning's tests", total=2 * len(parts))
+
+        def part(folder: str, precision: str) -> None:
+            outcomes = kept / f"{precision}.{folder.replace('/', '.')}.jsonl"
+            progress.update(bar, description=f"{folder} under {precision}")
+            run(checkout, parts[folder], precision, outcomes)
+            runs[precision] |= {name.removeprefix("tests/"): outcome for name, outcome in read(outcomes).items()}
+            progress.advance(bar)
+
+        list(pool.map(lambda arguments: part(*arguments), [(f, p) for f in parts for p in (THEIRS, OURS)]))
+    for outcomes in runs.values():
+        outcomes.pop("", None)
+    return runs
 
 
-def run(checkout: Path, targets: list[str], precision: str) -> dict[str, tuple[str, str]]:
-    """Each test's outcome (`passed`, `failed`, `skipped`) under a precision, with what went wrong."""
-    with tempfile.TemporaryDirectory() as folder:
-        outcomes = Path(folder) / "outcomes.jsonl"
-        outcomes.touch()
-        path = os.pathsep.join([str(ROOT), str(checkout / "tests"), os.environ.get("PYTHONPATH", "")])
-        command = [
-            sys.executable, "-m", "pytest", "-q", "--tb=short", "--rootdir", str(checkout), "--color=no",
-            "-p", "benchmarks.lightning_suite", "-p", "no:cacheprovider", "--continue-on-collection-errors",
-            "-k", " and ".join(f"not {word}" for word in OTHER_PROCESSES), *targets,
-        ]  # fmt: skip
-        variables = {PRECISION: precision, OUTCOMES: str(outcomes), "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
-        subprocess.run(command, cwd=checkout / "tests", env={**os.environ, **variables}, check=False)
-        rows = map(json.loads, outcomes.read_text().splitlines())
-        return {name: (outcome, problem) for name, outcome, problem in rows}
+def lost(runs: Runs) -> dict[str, str]:
+    """Tests that pass in the first run alone, with what went wrong in the second."""
+    missing = ("failed", "it was not run")
+    return {
+        name: runs[OURS].get(name, missing)[1]
+        for name, (outcome, _) in runs[THEIRS].items()
+        if outcome == "passed" and runs[OURS].get(name, missing)[0] != "passed"
+    }
+
+
+def pass_bare(checkout: Path, tests: Sequence[str], kept: Path) -> set[str]:
+    """Those of the tests that pass where the plugin adds nothing to what is logged, saved and called."""
+    outcomes = kept / "bare.jsonl"
+    outcomes.unlink(missing_ok=True)
+    if tests:
+        run(checkout, tests, OURS + BARE, outcomes)
+    return {name.removeprefix("tests/") for name, (outcome, _) in read(outcomes).items() if outcome == "passed"}
+
+
+def result(runs: Runs, bare: Container[str] = ()) -> dict[str, Any]:
+    """What is kept: the counts by folder, and the tests that are lost, by reason. `bare`: what `pass_bare` gave."""
+    counts: dict[str, dict[str, Counter[str]]] = {}
+    for precision, outcomes in runs.items():
+        for name, (outcome, _) in outcomes.items():
+            folder = name.split("/")[1].partition("::")[0]
+            counts.setdefault(folder, {THEIRS: Counter(), OURS: Counter()})[precision][outcome] += 1
+    explained: dict[str, list[str]] = {}
+    unexplained = []
+    for name in sorted(lost(runs)):
+        if why := ADDED if name in bare else reason(name):
+            explained.setdefault(why, []).append(name)
+        else:
+            unexplained.append(name)
+    return {"folders": dict(sorted(counts.items())), "explained": explained, "unexplained": unexplained}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.lightning_suite", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.lightning_suite", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("checkout", type=Path, help="Lightning's repository, at the version that is installed")
-    parser.add_argument("targets", nargs="*", default=[f"tests_pytorch/{name}" for name in FOLDERS])
-    parser.add_argument("--json", type=Path, help="where to keep all outcomes")
+    parser.add_argument("targets", nargs="*", default=["tests_pytorch"], help="files or folders below tests")
+    parser.add_argument("--outcomes", type=Path, help="where to keep each outcome (the checkout)")
+    parser.add_argument("--jobs", type=int, default=1, help="how many folders to run at once")
+    parser.add_argument("--out", type=Path, help=f"where to write the result ({RESULT.name} if all are run)")
     options = parser.parse_args(arguments)
     checkout = options.checkout.resolve()
-    runs = {precision: run(checkout, options.targets, precision) for precision in (THEIRS, OURS)}
-    if options.json is not None:
-        options.json.write_text(json.dumps(runs, indent=1))
+    kept = (options.outcomes or checkout / "outcomes").resolve()
+    runs = run_all(checkout, options.targets, kept, options.jobs)
+    problems = lost(runs)
+    found = result(runs, pass_bare(checkout, list(problems), kept))
     for precision, outcomes in runs.items():
-        print(precision, dict(Counter(kind for kind, _ in outcomes.values())))
-    missing = ("failed", "it was not run")
-    lost = {
-        name: runs[OURS].get(name, missing)
-        for name, (kind, _) in runs[THEIRS].items()
-        if kind == "passed" and runs[OURS].get(name, missing)[0] != "passed"
-    }
-    for name, (kind, message) in lost.items():
-        print(f"{kind} under {OURS} alone: {name}\n    {message.strip().splitlines()[-1:]}")
-    return len(lost) > 0
+        print(precision, dict(Counter(outcome for outcome, _ in outcomes.values())))
+    for why, names in found["explained"].items():
+        print(f"by design: {why}", *names, sep="\n    ")
+    for name in found["unexplained"]:
+        print(f"failed under {OURS} alone: {name}\n    {problems[name].strip()}")
+    whole = options.targets == parser.get_default("targets")
+    out = options.out or (RESULT if whole else None)
+    if out is not None:
+        where = environment("benchmarks.lightning_suite", ["lightning-checkout", *([] if whole else options.targets)])
+        told = checkout / "src" / "version.info"
+        tests_of = told.read_text(encoding="utf-8").strip() if told.exists() else None
+        write_result(out, {"environment": where, "tests_of_lightning": tests_of, **found})
+    return len(found["unexplained"]) > 0
 
 
 if __name__ == "__main__":

@@ -248,6 +248,27 @@ def networks_measured(result: dict[str, Any]) -> str:
     return table(["network", "precision", "estimated", "measured", "off by"], rows) + words.source(result)
 
 
+def lightning_suite(result: dict[str, Any]) -> str:
+    """Lightning's own tests: how many pass, by folder, and why some are not to."""
+    meant = [test.split("/")[1].partition("::")[0] for tests in result["explained"].values() for test in tests]
+    counts = []
+    for folder, count in result["folders"].items():
+        theirs, ours = count["bf16-true"], count["mpt-bf16-true"]
+        passed = (theirs.get("passed", 0), ours.get("passed", 0))
+        counts.append([folder, sum(theirs.values()), *passed, meant.count(folder)])
+    counts.append(["all", *(sum(row[column] for row in counts) for column in range(1, 5))])
+    rows = [[str(cell) for cell in row] for row in counts]
+    head = ["folder", "tests", "pass under `bf16-true`", "pass under `mpt-bf16-true`", "under theirs alone, by design"]
+    reasons = [f"- {len(tests)}: {why}" for why, tests in result["explained"].items()]
+    installed = result["environment"]["versions"]["lightning"]
+    others = (
+        f"Pass under theirs alone for no such reason: {len(result['unexplained'])}. The tests are of Lightning "
+        f"{result['tests_of_lightning']}, run with {installed}."
+    )
+    said = ["", "Pass under theirs alone, by design:", "", *reasons] if reasons else []
+    return "\n".join([table(head, rows), *said, "", others]) + words.source(result)
+
+
 NUMBERS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "memory": ("memory_cpu", memory),
     "step-time": ("step_time", step_time),
@@ -263,6 +284,7 @@ NUMBERS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "fits": ("networks", words.fits),
     "speed": ("throughput_*", words.speed),
     "networks-measured": ("networks_cuda", networks_measured),
+    "lightning-suite": ("lightning_suite", lightning_suite),
 }
 MODULES = {
     "memory_cpu": "memory",

@@ -46,7 +46,8 @@ class BridgedOptimizer(MasterOptimizer):
             return loss
         with self._masters_in_groups(), self._true_gradients(), self._inputs_hidden():
             # Some optimizers take no step without a closure. What it does is done: now it only tells the loss.
-            super().step(*([] if closure is None else [lambda: cast(Any, loss)]), **kwargs)
+            # By keyword, as Lightning gives it: the optimizer may take it in no other way.
+            super().step(**({} if closure is None else {"closure": lambda: cast(Any, loss)}), **kwargs)
         for parameter in self.parameters():
             if parameter.grad is not None and parameter.dtype in HALF_DTYPES:
                 self.masters.publish(parameter)

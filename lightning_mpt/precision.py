@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loops.optimization.automatic import Closure
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -250,7 +251,9 @@ class MasterWeightPrecision(MasterWeightPipeline, Precision):
         closure: Callable[[], Any],
         **kwargs: Any,
     ) -> Any:
-        if not self._old_gradients_wanted and model.trainer.accumulate_grad_batches == 1:
+        # The Trainer's own closure is forward and backward. A user may have called it by now, and give another.
+        both_to_come = isinstance(closure, Closure)
+        if both_to_come and not self._old_gradients_wanted and model.trainer.accumulate_grad_batches == 1:
             # The closure lets them go after forward. Where forward ends in the step's peak, they would be part of it.
             for parameter in optimizer.parameters():
                 parameter.grad = None
@@ -259,14 +262,22 @@ class MasterWeightPrecision(MasterWeightPipeline, Precision):
             with self.true_gradients():
                 self._after_closure(model, optimizer)
             clip = self._clips.pop(optimizer, None)
-            if result is None and model.automatic_optimization:  # training_step returned None: nothing to learn from
+            if result is None and model.automatic_optimization and not self._has_gradients(optimizer):
+                # training_step returned None: nothing to learn from
                 optimizer._opt_called = True  # schedules go on, and would warn that no step came before theirs
             else:
                 scan, released = None, None
                 if self._release is not None:
                     scan, released = Scan(self._release.found_inf(), None), self._release.found
+                    self._release.found = {}
                 self._update(optimizer, clip, scan, released, closure=lambda: result, **kwargs)
         return result
+
+    def _has_gradients(self, optimizer: MasterAdamW | BridgedOptimizer) -> bool:
+        """Whether there was a backward since the last step."""
+        if self._release is not None:
+            return len(self._release.found) > 0
+        return any(parameter.grad is not None for parameter in optimizer.parameters())
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

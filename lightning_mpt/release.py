@@ -64,7 +64,7 @@ class GradientRelease:
         self._handles: dict[Tensor, Any] = {}
         self._groups: dict[Tensor, dict[str, Any]] = {}
         self.found: dict[Tensor, Tensor] = {}
-        """Of the last backward: whether each parameter's gradient was not finite, as `step_one` says it."""
+        """Of the last backward, until its step: whether each gradient was not finite, as `step_one` says it."""
         self._scale: Tensor | None = None
         self._clip_value: float | None = None
 

@@ -129,7 +129,7 @@ def test_hooks_run_once_a_step_and_step_may_take_a_closure() -> None:
 
 def test_an_optimizer_that_asks_for_a_closure_is_given_one_that_runs_nothing_again() -> None:
     class Asks(torch.optim.SGD):
-        def step(self, closure: Any, *, way: str) -> Any:  # type: ignore[override]
+        def step(self, *, closure: Any, way: str) -> Any:  # type: ignore[override]  # only as Lightning gives it
             return closure(), way, super().step()
 
     calls: list[int] = []

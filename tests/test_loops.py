@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateFinder
+from lightning.pytorch.loops.optimization.automatic import Closure
 from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.utilities.rank_zero import WarningCache
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
@@ -255,6 +257,53 @@ def test_the_last_steps_gradients_take_no_memory_in_forward_unless_a_hook_looks_
         runs.append(module)
     assert [module.there for module in runs] == [[False] * 4, [False, True, True, True], [False, True, True, True]]
     assert runs[0].losses == runs[1].losses == runs[2].losses
+
+
+class ClosureFirst(Classifier):
+    """Runs the Trainer's closure by itself, and only then asks for the step, without one."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        optimizer_closure()
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("precision", "release"), [("bf16-true", False), ("bf16-true", True), ("16-true", False)], ids=str
+)
+def test_a_closure_that_the_module_runs_before_the_step_trains_as_one_that_it_hands_over(
+    precision: Any, release: bool
+) -> None:
+    batches = classification(4)
+    batches[2] = (batches[2][0] * float("inf"), batches[2][1])
+    start, runs = mlp(width=16), []
+    for kind in (Classifier, ClosureFirst):
+        plugin = MasterWeightPrecision(precision, gradient_release=release)
+        module = kind(copy.deepcopy(start))
+        fit(module, batches, plugin)
+        assert plugin.skipped_steps == 1
+        runs.append(list(module.net.parameters()))
+    for one, other, before in zip(*runs, start.parameters(), strict=True):
+        assert torch.equal(one, other)
+        assert not torch.equal(one, before)
+
+
+def test_what_was_accumulated_is_not_lost_where_the_last_training_step_returns_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Closure, "warning_cache", WarningCache())  # Lightning warns once a process
+
+    class Sometimes(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+            return None if batch_idx % 2 else super().training_step(batch, batch_idx)
+
+    runs = []
+    for plugin in (None, MasterWeightPrecision("bf16-true")):
+        module = Sometimes(mlp(width=16), adamw(lr=0.1))
+        with pytest.warns(UserWarning, match="`training_step` returned `None`"):
+            fit(module, classification(8), plugin, accumulate_grad_batches=2)
+        Closure.warning_cache.clear()
+        runs.append(module.losses)
+    assert runs[1] == pytest.approx(runs[0], rel=0.02)  # worst seen 0.008
 
 
 def test_one_trainer_and_its_plugin_train_one_module_after_the_other() -> None:

@@ -120,6 +120,18 @@ def test_a_gradient_that_is_not_finite_skips_its_parameter_alone_and_is_counted(
     assert all(not torch.equal(seen[1][name], seen[2][name]) for name in seen[0])
 
 
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_a_skipped_step_is_not_counted_again_by_a_training_step_of_none() -> None:
+    class Sometimes(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+            loss = super().training_step(batch, batch_idx)
+            return None if loss is None or batch_idx % 2 else loss * float("inf")
+
+    plugin = released()
+    fit(Sometimes(mlp()), classification(4), plugin)
+    assert plugin.skipped_steps == 2
+
+
 def manual(module: Classifier) -> Classifier:
     module.automatic_optimization = False
     return module
