@@ -280,14 +280,18 @@ def _formats(report: MemoryReport) -> list[_Option]:
     held = (Category.WEIGHTS, Category.MASTER_WEIGHTS, Category.GRADIENTS, Category.OPTIMIZER_STATE)
     now = sum(most[category] for category in held) / report.parameters
     activations = _fp32_share(report) if weight_bytes == 4 else 0.0
+    # By norm, clipping needs every gradient first; by value it does not, and a report does not tell which it was.
+    may_release = "clip" not in report.phases
     options = []
     for form in _FORMATS:
+        if not form.gradients_kept and not may_release:
+            continue
         name = f"MasterWeightPrecision({_arguments(weight_bytes, form)})"
         half = "half precision with " if weight_bytes == 4 and form.cost == 0 else ""
         per_parameter = _HALF_BYTES * (1 + form.gradients_kept) + form.master_bytes + form.moment_bytes
         text = f"{name}: {half}{form.price}; {per_parameter:.3g} bytes per trained parameter, now {now:.3g}."
         options.append(_Option(text, _stored(form, trained, weight_bytes, activations), form.cost, "formats"))
-    if weight_bytes == 2 and most[Category.MASTER_WEIGHTS]:
+    if weight_bytes == 2 and most[Category.MASTER_WEIGHTS] and may_release:
         options.append(_release())
     return options
 

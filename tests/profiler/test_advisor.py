@@ -174,6 +174,14 @@ def test_gradient_release_saves_down_to_the_next_phase() -> None:
     assert "in backward" in advice.text
 
 
+def test_a_run_that_clips_is_not_told_to_release_gradients() -> None:
+    report = transformer(12, weight_bytes=2, activations=MIB // 10)
+    clipping = dataclasses.replace(report, phases={**report.phases, "clip": report.phases["optimizer_step"]})
+    assert "gradient_release" in said(report)
+    assert "gradient_release" not in said(clipping)
+    assert "8-bit moments;" in said(clipping)
+
+
 def test_formats_are_measured_by_what_is_kept_now() -> None:
     report = transformer(12, weight_bytes=2, activations=MIB // 10)
     compact = find(advise(report), "8-bit moments;")
