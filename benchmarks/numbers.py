@@ -183,7 +183,8 @@ def lightning_suite(result: dict[str, Any]) -> str:
     installed = result["environment"]["versions"]["lightning"]
     others = (
         f"Pass under theirs alone for no such reason: {len(result['unexplained'])}; at a second try alone under ours: "
-        f"{len(result['at_second_try'])}.\nThe tests are of Lightning {result['tests_of_lightning']}, run with {installed}."
+        f"{len(result['at_second_try'])}.\n"
+        f"The tests are of Lightning {result['tests_of_lightning']}, run with {installed}."
     )
     said = ["", "Pass under theirs alone, by design:", "", *reasons] if reasons else []
     return "\n".join([table(head, rows), *said, "", others]) + source(result)
