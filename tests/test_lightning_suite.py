@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import lightning_differences, lightning_suite
-from benchmarks.lightning_suite import OURS, THEIRS, folders, lost, pass_bare, result, run_all
+from benchmarks.lightning_suite import OURS, THEIRS, folders, lost, pass_once_more, result, run_all
+from benchmarks.lightning_suite_plugin import BARE
 
 TESTS = """
 import os
@@ -64,7 +65,7 @@ def test_what_theirs_alone_passes_is_lost_and_an_ended_interpreter_loses_no_more
 @pytest.mark.slow
 def test_what_passes_where_the_plugin_adds_nothing_has_counted_what_it_adds(checkout: Path) -> None:
     tests = [f"tests_pytorch/core/test_few.py::test_that_{name}" for name in ("counts_metrics", "theirs_alone_passes")]
-    assert pass_bare(checkout, tests, checkout / "outcomes") == set(tests[:1])
+    assert pass_once_more(checkout, tests, OURS + BARE, checkout / "outcomes") == set(tests[:1])
 
 
 def test_only_what_has_no_reason_counts(
@@ -76,7 +77,8 @@ def test_only_what_has_no_reason_counts(
         OURS: {one: ("failed", "E: x"), two: ("failed", "")},
     }
     monkeypatch.setattr(lightning_suite, "run_all", lambda *_: runs)
-    monkeypatch.setattr(lightning_suite, "pass_bare", lambda *_: {two})
+    monkeypatch.setattr(lightning_suite, "pass_once_more", lambda _, tests, precision, *__: again[precision])
+    again = {OURS: set[str](), OURS + BARE: {two}}
     reasons = {"It is not ours.": (one.removeprefix("tests_pytorch/"),)}
     monkeypatch.setattr(lightning_differences, "REASONS", reasons)
     assert lightning_suite.main([str(tmp_path), "tests_pytorch/core"]) == 1  # three was not run
@@ -88,6 +90,8 @@ def test_only_what_has_no_reason_counts(
     assert f"{lightning_differences.ADDED}\n    {two}" in printed
     reasons.clear()
     assert lightning_suite.main([str(tmp_path), "tests_pytorch/core"]) == 1
+    again[OURS] = {one}
+    assert lightning_suite.main([str(tmp_path), "tests_pytorch/core"]) == 0
 
 
 def test_files_are_run_by_the_folder_that_they_are_in(tmp_path: Path) -> None:
