@@ -168,6 +168,59 @@ def estimate(result: dict[str, Any]) -> str:
     return "\n".join(lines) + source(result)
 
 
+def networks(result: dict[str, Any]) -> str:
+    """What is saved on networks that people train, FP32's shares beside what is said of them, and what then fits."""
+    by_network: dict[str, list[dict[str, Any]]] = {}
+    for row in result["networks"]:
+        by_network.setdefault(row["network"], []).append(row)
+    precisions = [row["precision"] for row in next(iter(by_network.values()))]
+    memories = list(result["networks"][0]["largest_batch"])
+    saved, shares, batches = [], [], []
+    for name, rows in by_network.items():
+        fp32 = rows[0]
+        of = f"{name}, {fp32['batch_size']} x {fp32['input']}"
+        saved.append([of, f"{fp32['peak_bytes'] / 1e9:.1f} GB", *(f"{row['saved']:.0%}" for row in rows[1:])])
+        claims = [f"{one['share']:.0%}{'' if one['holds'] else ' (no)'}" for one in fp32["claims"]]
+        shares.append([name, f"{fp32['parameters'] / 1e6:.0f} M", *claims])
+        fit = [" / ".join(str(row["largest_batch"][memory] or "none") for memory in memories) for row in rows]
+        batches.append([name, *fit])
+    said = [f"{one['about']}, said {one['low']:.0%} to {one['high']:.0%}" for one in result["networks"][0]["claims"]]
+    columns = [f"`{name}`" for name in precisions]
+    models = [
+        [f"`{row['precision']}`", *(_model(model) for model in row["largest_model"].values())]
+        for row in result["largest_models"]
+    ]
+    errors = [abs(row["error_for_gpt2_large"]) for row in result["largest_models"]]
+    sizes = " / ".join(memories)
+    return "\n\n".join(
+        [
+            table(["saved of a step's peak, estimated", "`32-true`", *columns[1:]], saved),
+            table(["FP32's peak, estimated", "parameters", *said], shares),
+            table([f"largest batch in {sizes}, estimated", *columns], batches),
+            table(["largest GPT-2 at 8 x 1024 tokens, estimated", *memories], models),
+            f"A model's peak is extended from few layers of its width: for GPT-2 large that is {max(errors):.2%} "
+            "off at most.",
+        ]
+    ) + source(result)
+
+
+def _model(model: dict[str, int]) -> str:
+    if not model["layers"]:
+        return "none"
+    return f"{model['parameters'] / 1e9:.2f} B ({model['layers']} layers, {model['width']} wide)"
+
+
+def networks_measured(result: dict[str, Any]) -> str:
+    """Estimates beside what a step on a GPU took."""
+    rows = []
+    for row in result["networks"]:
+        real = row.get("measured_peak_bytes")
+        shown = f"{real / 1e9:.2f} GB" if real else "failed" if "error" in row else "does not fit"
+        error = f"{row['peak_bytes'] / real - 1:+.1%}" if real else ""
+        rows.append([row["network"], f"`{row['precision']}`", f"{row['peak_bytes'] / 1e9:.2f} GB", shown, error])
+    return table(["network", "precision", "estimated", "measured", "off by"], rows) + source(result)
+
+
 NUMBERS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "memory": ("memory_cpu", memory),
     "step-time": ("step_time", step_time),
@@ -178,6 +231,8 @@ NUMBERS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "preset-cost": ("accuracy_cpu", preset_cost),
     "profiler": ("profiler_cpu", profiler),
     "estimate": ("estimate_cpu", estimate),
+    "networks": ("networks", networks),
+    "networks-measured": ("networks_cuda", networks_measured),
 }
 MODULES = {
     "memory_cpu": "memory",
@@ -185,6 +240,7 @@ MODULES = {
     "profiler_cpu": "profiler",
     "estimate_cpu": "estimate",
     "ablation_cpu": "ablation",
+    "networks_cuda": "networks --measure",
 }
 
 

@@ -35,6 +35,8 @@ from ..figures import AllocatorHealth
 from ..recording import Event
 
 aten = torch.ops.aten
+MOST_READS = 10_000
+"""From one place. A loop that goes on until a number is another than was guessed would never end."""
 
 
 class DataDependent(RuntimeError):
@@ -223,6 +225,8 @@ class FakeMemory(TorchDispatchMode):
             raise DataDependent(_WHOLE_NUMBER.format(where or _LOOP))
         if where is not None:
             self.guesses[where] = self.guesses.get(where, 0) + 1
+            if self.guesses[where] > MOST_READS:
+                raise DataDependent(f"{where} reads numbers on the host again and again")
         return True if dtype is torch.bool else 1.0
 
 

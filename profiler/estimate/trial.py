@@ -92,6 +92,7 @@ class Trial:
                 stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
                 stack.enter_context(memory)
                 stack.enter_context(FakeFunctions())
+                stack.enter_context(_replaced(nn.init, "_no_grad_trunc_normal_", _drawn))
                 module = self._make_module()
                 if has_lstm(module) and not device.lstms_by_onednn():
                     stack.enter_context(without_onednn())
@@ -257,6 +258,11 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, DataDependent):
         return str(error)
     return f"the step needs the values of {str(error).partition('.')[2] or error}"
+
+
+def _drawn(tensor: Tensor, *_: Any, **__: Any) -> Tensor:
+    """`nn.init.trunc_normal_`, which would draw for ever until all fake numbers are within the bounds."""
+    return tensor
 
 
 def _on_real(method: Callable[..., Any]) -> Callable[..., Any]:

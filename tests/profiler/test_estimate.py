@@ -72,6 +72,31 @@ def test_the_modules_own_data_is_loaded_for_real_and_its_batch_can_be_of_any_siz
     assert reports[48].categories["inputs"] == 3 * reports[16].categories["inputs"] == 48 * 32 * 4
 
 
+class Drawn(Regression):
+    """Its weights are drawn anew until all are within bounds."""
+
+    def __init__(self, draw: Any) -> None:
+        super().__init__()
+        draw(self.layer.weight)
+
+
+def redrawn(weight: Tensor) -> None:
+    with torch.no_grad():
+        while (weight.normal_().abs() > 8).any():
+            pass
+
+
+def test_weights_drawn_from_a_truncated_normal_are_drawn_once() -> None:
+    """torch draws those beyond the bounds again, and of fake ones it cannot tell that none is left."""
+    plain, drawn = (estimate(Trial(make), "32-true") for make in (Regression, lambda: Drawn(nn.init.trunc_normal_)))
+    assert drawn.categories == plain.categories
+
+
+def test_a_loop_that_waits_for_a_number_ends_with_its_place() -> None:
+    with pytest.raises(EstimateError, match=r"test_estimate.py:\d+ reads numbers on the host again and again"):
+        estimate(Trial(lambda: Drawn(redrawn)), "32-true")
+
+
 class Data(L.LightningDataModule):
     """Its samples come about in `setup`, from values."""
 
