@@ -320,9 +320,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         network = every[arguments.child[0]]
         print("\n" + json.dumps(measured(network, arguments.child[1], network.batch_size)))
         return 0
-    names = arguments.network or [
-        name for name in (QUICK if arguments.quick else (*every, FAMILY)) if name in (*every, FAMILY)
-    ]
+    names = arguments.network or ([name for name in QUICK if name in every] if arguments.quick else [*every, FAMILY])
     if unknown := [name for name in names if name not in (*every, FAMILY)]:
         parser.error(f"--network {unknown[0]!r} is not one of {', '.join((*every, FAMILY))}")
     if arguments.measure and not torch.cuda.is_available():
@@ -331,6 +329,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
 
+    if arguments.measure:  # the largest models are only estimated
+        names = [name for name in names if name != FAMILY]
     file = "networks_cuda.json" if arguments.measure else "networks.json"
     out = arguments.out or (RESULTS / "quick" / file if arguments.quick else RESULTS / file)
     flags = [f"--{flag}" for flag in ("quick", "measure") if getattr(arguments, flag)]
@@ -346,7 +346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.measure:
         memory_bytes = torch.cuda.get_device_properties(0).total_memory
         order = _as_measured
-        finding = (beside(every[name], precision, memory_bytes) for name, precision in todo if name != FAMILY)
+        finding = (beside(every[name], precision, memory_bytes) for name, precision in todo)
     console = Console()
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
