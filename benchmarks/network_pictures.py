@@ -40,6 +40,8 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     left, right = below.subplots(1, 2, width_ratios=[1, 1.15])
     _batches(left, result["networks"], names)
     _models(right, result["largest_models"])
+    handles, labels = left.get_legend_handles_labels()
+    below.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False, fontsize=10.5)
     figure.savefig(path, facecolor="white")
 
 
@@ -86,18 +88,13 @@ def _batches(axes: Any, rows: Sequence[Mapping[str, Any]], names: Sequence[str])
         labels.append(f"{name} ({base})")
         for precision, shade in zip(precisions, _SHADES, strict=False):
             if base and (size := largest.get((name, precision))):
-                axes.plot(
-                    size / base, place, "o", color=shade, markersize=7.5, clip_on=False, label=_once(precision, place)
-                )
+                axes.plot(size / base, place, "o", color=shade, markersize=7.5, clip_on=False)
+    for precision, shade in zip(precisions, _SHADES, strict=False):
+        axes.plot([], [], "s", color=shade, markersize=9, label=_short(precision))
     axes.set_yticks(range(len(names)), labels)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlim(left=0.9)
-    axes.legend(frameon=False, fontsize=9, loc="lower right")
     _dress(axes, "Largest batch in 80 GB, as a multiple of 32-true's (in brackets)", "both")
-
-
-def _once(precision: str, place: int) -> str | None:
-    return _short(precision) if place == 0 else None
 
 
 def _models(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -114,7 +111,6 @@ def _models(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
             axes.text(place, size, f"{size:.1f}", ha="center", va="bottom", fontsize=9, color=_INK)
     axes.set_xticks(range(len(memories)), memories)
     axes.set_ylabel("billions of parameters", fontsize=9, color=_INK)
-    axes.legend(frameon=False, fontsize=9.5, loc="upper left")
     _dress(
         axes, f"Largest GPT-2 that trains at {rows[0]['batch_size']} x 1024 tokens (L layers, 8 + L/3 heads of 64)", "y"
     )

@@ -12,8 +12,8 @@ estimate`: the real network and Trainer on tensors that have no memory. From tha
   that is shown and one that about fills the least memory, or the most where the first fits the least;
 - the largest GPT-2 that fits with 8 x 1024 tokens. Small, medium and large have, with L layers, 8 + L/3 heads of 64
   (XL, with 48 layers, has 25 where this gives 24), and so has every size here. Each phase's peak is a straight line in
-  the number of layers of one width, drawn through 2 and 4 layers; how far that is off for GPT-2 large, which is
-  estimated whole as well, is in the result.
+  the number of layers, drawn through 2 and 4, and of degree two in the width, drawn through three; how far that is off
+  for GPT-2 large, which is estimated whole as well, is in the result.
 
 GB are 10**9 bytes. An estimate leaves out the CUDA context, fragmentation and cuDNN's workspaces. `bf16-mixed` takes
 what `16-mixed` takes, and ours in bf16 what it takes in fp16: these are not shown twice (`minimal` is shown in bf16,
@@ -27,10 +27,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +58,13 @@ FAMILY = "GPT-2 family"
 """What the search for the largest model is called among the networks."""
 FIXED = ("weights", "master_weights", "gradients", "optimizer_state", "buffers")
 """Of what is at the peak, what does not grow with the batch."""
+FEW_LAYERS = (2, 4)
+WIDTHS = (8, 32, 56)
+"""Thirds of the layers that go with them: 1024, 2560 and 4096 wide."""
 CHECKED = "GPT-2 large"
 IMAGES = ROOT / "docs" / "images"
 
-Phases = Mapping[str, int]
+Phases = Mapping[str, float]
 """The peak of each phase of a step."""
 
 
@@ -72,18 +74,13 @@ def phases_of(network: Network, precision: str, batch_size: int) -> tuple[Memory
     return report, {name: phase.peak_bytes for name, phase in report.phases.items()}
 
 
-def on_lines(known: Mapping[int, Phases], size: int) -> int:
-    """The peak of a step of that size: each phase on the line through the two known sizes next to it, and the highest.
+def through(known: Mapping[int, Phases], at: int) -> Phases:
+    """Each phase's peak at a size, on the polynomial through all known sizes: a line through two, Lagrange's."""
 
-    Args:
-        known: two sizes or more. Beyond the last one the last line goes on.
-        size: samples, or layers.
-    """
-    sizes = sorted(known)
-    after = min(max(bisect_right(sizes, size), 1), len(sizes) - 1)
-    low, high = sizes[after - 1], sizes[after]
-    share = (size - low) / (high - low)
-    return max(round(peak + share * (known[high][name] - peak)) for name, peak in known[low].items())
+    def weight(one: int) -> float:
+        return prod((at - other) / (one - other) for other in known if other != one)
+
+    return {name: sum(weight(one) * known[one][name] for one in known) for name in next(iter(known.values()))}
 
 
 def row(network: Network, precision: str) -> dict[str, Any]:
@@ -99,10 +96,11 @@ def row(network: Network, precision: str) -> dict[str, Any]:
     size = max(network.smallest_batch, int((memory_bytes - fixed) / grows))
     size = size if size != network.batch_size else size + 1
     known[size] = phases_of(network, precision, size)[1]
-    fits = {
-        name: largest_batch(partial(on_lines, known), memory_bytes, network.batch_size)
-        for name, memory_bytes in MEMORIES.items()
-    }
+
+    def peak_of(samples: int) -> int:
+        return round(max(through(known, samples).values()))
+
+    fits = {name: largest_batch(peak_of, memory_bytes, network.batch_size) for name, memory_bytes in MEMORIES.items()}
     claims = [{**vars(claim), "holds": claim.holds} for claim in share_claims(report)] if precision == FP32 else []
     return {
         "network": network.name,
@@ -130,21 +128,21 @@ def family_row(precision: str) -> dict[str, Any]:
     """The largest GPT-2 for each memory under one precision, and the peak of GPT-2 large as the lines have it."""
     quiet_lightning()
     began = time.perf_counter()
-    known: dict[int, Mapping[int, Phases]] = {}
+    few = {
+        thirds: {
+            layers: phases_of(gpt2_network("", layers, family_heads(3 * thirds)), precision, GPT2_BATCH_SIZE)[1]
+            for layers in FEW_LAYERS
+        }
+        for thirds in WIDTHS
+    }
 
     def peak_of(thirds: int) -> int:
-        layers = 3 * thirds
-        if thirds not in known:
-            heads = family_heads(layers)
-            known[thirds] = {
-                few: phases_of(gpt2_network("", few, heads), precision, GPT2_BATCH_SIZE)[1] for few in (2, 4)
-            }
-        return on_lines(known[thirds], layers)
+        of_widths = {at: through(known, 3 * thirds) for at, known in few.items()}
+        return round(max(through(of_widths, thirds).values()))
 
     largest = {}
     for name, memory_bytes in MEMORIES.items():
-        first = max((thirds for thirds in known if peak_of(thirds) <= memory_bytes), default=12)
-        layers = 3 * largest_batch(peak_of, memory_bytes, first)
+        layers = 3 * largest_batch(peak_of, memory_bytes, first=12)
         heads = family_heads(layers)
         with torch.device("meta"):
             parameters = sum(each.numel() for each in network_zoo.gpt2(layers, heads).parameters()) if layers else 0
@@ -322,9 +320,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         network = every[arguments.child[0]]
         print("\n" + json.dumps(measured(network, arguments.child[1], network.batch_size)))
         return 0
-    names = arguments.network or [
-        name for name in (QUICK if arguments.quick else (*every, FAMILY)) if name in (*every, FAMILY)
-    ]
+    names = arguments.network or ([name for name in QUICK if name in every] if arguments.quick else [*every, FAMILY])
     if unknown := [name for name in names if name not in (*every, FAMILY)]:
         parser.error(f"--network {unknown[0]!r} is not one of {', '.join((*every, FAMILY))}")
     if arguments.measure and not torch.cuda.is_available():
@@ -333,6 +329,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
 
+    if arguments.measure:  # the largest models are only estimated
+        names = [name for name in names if name != FAMILY]
     file = "networks_cuda.json" if arguments.measure else "networks.json"
     out = arguments.out or (RESULTS / "quick" / file if arguments.quick else RESULTS / file)
     flags = [f"--{flag}" for flag in ("quick", "measure") if getattr(arguments, flag)]
@@ -348,7 +346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.measure:
         memory_bytes = torch.cuda.get_device_properties(0).total_memory
         order = _as_measured
-        finding = (beside(every[name], precision, memory_bytes) for name, precision in todo if name != FAMILY)
+        finding = (beside(every[name], precision, memory_bytes) for name, precision in todo)
     console = Console()
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:

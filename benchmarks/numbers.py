@@ -197,10 +197,13 @@ def _large_estimate(result: dict[str, Any]) -> str:
 
 def networks(result: dict[str, Any]) -> str:
     """What is saved on networks that people train, FP32's shares beside what is said of them, and what then fits."""
-    by_network: dict[str, list[dict[str, Any]]] = {}
-    for row in result["networks"]:
-        by_network.setdefault(row["network"], []).append(row)
-    precisions = [row["precision"] for row in next(iter(by_network.values()))]
+    precisions = list(dict.fromkeys(row["precision"] for row in result["networks"]))
+    by_network = {
+        row["network"]: [one for one in result["networks"] if one["network"] == row["network"]]
+        for row in result["networks"]
+    }
+    unfinished = [name for name, rows in by_network.items() if len(rows) < len(precisions)]
+    by_network = {name: rows for name, rows in by_network.items() if name not in unfinished}
     memories = list(result["networks"][0]["largest_batch"])
     saved, shares, batches = [], [], []
     for name, rows in by_network.items():
@@ -217,18 +220,19 @@ def networks(result: dict[str, Any]) -> str:
         [f"`{row['precision']}`", *(_model(model) for model in row["largest_model"].values())]
         for row in result["largest_models"]
     ]
-    errors = [abs(row["error_for_gpt2_large"]) for row in result["largest_models"]]
+    errors = [abs(error) for row in result["largest_models"] if (error := row["error_for_gpt2_large"]) is not None]
+    checked = f", for GPT-2 large {max(errors):.2%} off at most" if errors else ""
     sizes = " / ".join(memories)
-    return "\n\n".join(
-        [
-            table(["saved of a step's peak, estimated", "`32-true`", *columns[1:]], saved),
-            table(["FP32's peak, estimated", "parameters", *said], shares),
-            table([f"largest batch in {sizes}, estimated", *columns], batches),
-            table(["largest GPT-2 at 8 x 1024 tokens, estimated", *memories], models),
-            f"A model's peak is extended from few layers of its width: for GPT-2 large that is {max(errors):.2%} "
-            "off at most.",
-        ]
-    ) + words.source(result)
+    parts = [
+        table(["saved of a step's peak, estimated", "`32-true`", *columns[1:]], saved),
+        table(["FP32's peak, estimated", "parameters", *said], shares),
+        table([f"largest batch in {sizes}, estimated", *columns], batches),
+        table(["largest GPT-2 at 8 x 1024 tokens, estimated", *memories], models),
+        f"These models' peaks are extended from few layers of three widths{checked}.",
+    ]
+    if unfinished:
+        parts.append(f"Not done yet: {', '.join(unfinished)}.")
+    return "\n\n".join(parts) + words.source(result)
 
 
 def _model(model: dict[str, int]) -> str:

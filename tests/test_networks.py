@@ -46,7 +46,13 @@ def test_the_largest_batch_fits_and_a_few_more_do_not(network: Network, monkeypa
 def test_a_line_through_few_layers_is_the_peak_of_many() -> None:
     few = {layers: networks.phases_of(small_gpt2(layers), "16-mixed", 64)[1] for layers in (2, 4)}
     whole, _ = networks.phases_of(small_gpt2(9), "16-mixed", 64)
-    assert networks.on_lines(few, 9) == pytest.approx(whole.peak_bytes, rel=1e-3)
+    assert max(networks.through(few, 9).values()) == pytest.approx(whole.peak_bytes, rel=1e-3)
+
+
+def test_a_parabola_through_three_widths_is_the_peak_of_a_fourth() -> None:
+    few = {heads: networks.phases_of(small_gpt2(1, heads), "mpt-16-true:compact", 16)[1] for heads in (2, 4, 6)}
+    whole, _ = networks.phases_of(small_gpt2(1, 9), "mpt-16-true:compact", 16)
+    assert max(networks.through(few, 9).values()) == pytest.approx(whole.peak_bytes, rel=1e-3)
 
 
 def test_fp32_takes_16_bytes_a_parameter_and_what_grows_with_the_batch() -> None:

@@ -7,6 +7,7 @@ The rules follow torch's own sources, named beside each; none was measured on a 
 What stays unknown is said by `unknowns`, for the report's notes.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -46,6 +47,9 @@ AUTOCAST_FP32_RESULT = (
 AUTOCAST_TO_HALF = ("addmv", "addr", "mv", "prelu")
 """Operations that it brings to half and a CPU's autocast does not (`AT_FORALL_LOWER_PRECISION_FP`)."""
 
+NOT_BY_CUDA_AUTOCAST = ("cross_entropy_loss",)
+"""What a CPU's autocast brings to FP32 and CUDA's leaves as it is; its log-softmax then has its own rule."""
+
 
 @contextmanager
 def cuda_kernels() -> Iterator[None]:
@@ -63,6 +67,10 @@ def cuda_kernels() -> Iterator[None]:
             for name in names:
                 if not _served_by_cpu_autocast(name):
                     library.impl(name, rule(_overload(name)), "AutocastCPU")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a kernel is overridden
+            for name in NOT_BY_CUDA_AUTOCAST:
+                library.impl(name, torch.library.fallthrough_kernel, "AutocastCPU", allow_override=True)
         yield
 
 

@@ -108,6 +108,16 @@ def test_autocast_gives_fp32_where_cudas_does(cuda: None, dtype: torch.dtype) ->
         assert (x @ x).dtype == F.gelu(x).dtype == dtype
 
 
+def test_cross_entropy_under_autocast_keeps_its_log_softmax_in_half(cuda: None) -> None:
+    """CUDA's autocast has no rule for it, and its log-softmax is told the logits' type (native/LossNLL.cpp)."""
+    logits = torch.randn(4, 8, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = F.cross_entropy(logits, torch.zeros(4, dtype=torch.int64))
+    cast = loss.grad_fn.next_functions[0][0]
+    assert loss.dtype == torch.float32
+    assert cast.next_functions[0][0]._saved_result.dtype == torch.bfloat16
+
+
 def test_afterwards_a_cpu_is_a_cpu() -> None:
     with cuda_kernels():
         pass
