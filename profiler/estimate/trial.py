@@ -5,6 +5,7 @@ order in which they would. Only the strategy's teardown is left out, which would
 """
 
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -94,6 +95,7 @@ class Trial:
                 stack.enter_context(FakeFunctions())
                 stack.enter_context(_replaced(nn.init, "_no_grad_trunc_normal_", _drawn))
                 module = self._make_module()
+                stack.enter_context(_taken_for_real())
                 if has_lstm(module) and not device.lstms_by_onednn():
                     stack.enter_context(without_onednn())
                 self._fit(module, profiler, given, batch_size)
@@ -298,6 +300,21 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
             delattr(owner, name)
         else:
             setattr(owner, name, before)
+
+
+@contextmanager
+def _taken_for_real() -> Iterator[None]:
+    """transformers, which looks for fakes, goes the way that it goes in training.
+
+    For fakes it builds an attention mask of (batch, 1, queries, keys). In training it looks first whether every token
+    is to be seen, and then builds none.
+    """
+    imports = sys.modules.get("transformers.utils.import_utils")
+    if not hasattr(imports, "is_fake_tensor"):
+        yield
+        return
+    with _replaced(imports, "is_fake_tensor", lambda _: False):
+        yield
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks import network_zoo
 from benchmarks.estimate import PRECISIONS, TARGET, Case, convnet, errors, estimated, gpt2, lstm, measured, mlp
 from lightning_mpt.cli.estimate import estimate
 from lightning_mpt.profiler.estimate import CPU, EstimateError, Trial
@@ -95,6 +96,22 @@ def test_weights_drawn_from_a_truncated_normal_are_drawn_once() -> None:
 def test_a_loop_that_waits_for_a_number_ends_with_its_place() -> None:
     with pytest.raises(EstimateError, match=r"test_estimate.py:\d+ reads numbers on the host again and again"):
         estimate(Trial(lambda: Drawn(redrawn)), "32-true")
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["no-mask", "mask-of-ones"])
+@pytest.mark.parametrize("precision", ["32-true", "mpt-bf16-true"])
+def test_gpt2_keeps_nothing_that_grows_with_the_square_of_the_sequence(precision: str, masked: bool) -> None:
+    """On CUDA its attention is causal without a mask: transformers makes none where no token is hidden."""
+
+    def activations(seq_len: int) -> int:
+        tokens = torch.zeros(2, seq_len, dtype=torch.long)
+        batch = {"input_ids": tokens, "labels": tokens, **({"attention_mask": tokens + 1} if masked else {})}
+        return estimate(Trial(lambda: network_zoo.Step(network_zoo.gpt2(1, 1)), [batch]), precision).categories[
+            "activations"
+        ]
+
+    short, middle, long = (activations(seq_len) for seq_len in (128, 256, 384))
+    assert long - middle == middle - short
 
 
 class Data(L.LightningDataModule):
