@@ -42,6 +42,7 @@ from rich.table import Table
 
 from benchmarks import network_zoo
 from benchmarks.common import RESULTS, ROOT, SILENT, environment, version, without_paths, write_result
+from benchmarks.estimate import Repeated
 from benchmarks.network_pictures import draw
 from benchmarks.network_zoo import GPT2, GPT2_BATCH_SIZE, Network, gpt2_network
 from examples.train_gpt import quiet_lightning
@@ -250,7 +251,7 @@ def measured(network: Network, precision: str, batch_size: int, accelerator: str
     profiler = MemoryProfiler(tempfile.mkdtemp(), warmup_steps=1, steps=1)
     arguments = {**SILENT, **trainer_arguments(precision), "accelerator": accelerator, "devices": 1}
     trainer = L.Trainer(max_steps=2, profiler=profiler, **arguments)
-    trainer.fit(network.module(), [network.batch(batch_size) for _ in range(2)])
+    trainer.fit(network.module(), Repeated(network.batch(batch_size), 2))
     report = profiler.report
     return {
         "measured_peak_bytes": report.peak_bytes,
