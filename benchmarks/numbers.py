@@ -76,14 +76,8 @@ def held(result: dict[str, Any]) -> str:
 
 
 def accuracy(result: dict[str, Any]) -> str:
-    """Figures by task and precision, against FP32's own seeds; before them, how often each precision is inside."""
-    judged: dict[str, list[str]] = {}
-    for task in result["summary"]:
-        for row in task["rows"]:
-            if row["verdict"]:
-                judged.setdefault(row["precision"], []).append(row["verdict"])
-    inside = ", ".join(f"`{name}` {said.count('inside')} of {len(said)}" for name, said in judged.items())
-    parts = [f"Within the spread of FP32's seeds: {inside}."]
+    """Figures by task and precision, against FP32's own seeds; before them, how often each precision is worse."""
+    parts = [words.verdicts(result)]
     for task in result["summary"]:
         seeds = task["rows"][0]["seeds"]
         clipping = "gradients clipped" if task["clips"] else "no clipping"
@@ -282,6 +276,7 @@ NUMBERS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "accuracy": ("accuracy_cpu", accuracy),
     "ablation": ("ablation_cpu", ablation),
     "throughput": ("throughput_*", throughput),
+    "worse": ("accuracy_cpu", lambda result: words.verdicts(result) + words.source(result)),
     "preset-cost": ("accuracy_cpu", words.preset_cost),
     "profiler": ("profiler_cpu", profiler),
     "estimate": ("estimate_*", estimate),

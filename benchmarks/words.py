@@ -22,6 +22,19 @@ def step_range(result: dict[str, Any]) -> str:
     )
 
 
+def verdicts(result: dict[str, Any]) -> str:
+    """In how many tasks each precision ended worse than every seed of FP32 did."""
+    said: dict[str, list[str]] = {}
+    for task in result["summary"]:
+        for row in task["rows"]:
+            if row["verdict"]:
+                said.setdefault(row["precision"], []).append(row["verdict"])
+    counts = ", ".join(
+        f"`{name}` {sum(one in ('worse', 'diverged') for one in of)} of {len(of)}" for name, of in said.items()
+    )
+    return f"Tasks that end, on average, above the highest of FP32's seeds: {counts}."
+
+
 def preset_cost(result: dict[str, Any]) -> str:
     """In words: what each preset costs the example in accuracy."""
     (task,) = [task for task in result["summary"] if task["task"] == "gpt"]
