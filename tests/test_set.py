@@ -2,8 +2,10 @@
 
 import os
 import shlex
+import signal
 import sys
 import time
+from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
 
@@ -51,6 +53,14 @@ def ran(outcomes: list[Outcome]) -> list[str]:
     return [outcome.name for outcome in outcomes if not outcome.before]
 
 
+@pytest.fixture(autouse=True)
+def _heeds_ctrl_c() -> Iterator[None]:
+    """Also where the tests run in the background of a shell, which lets what it starts there ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_a_piece_that_fails_or_hangs_leaves_the_others(four: list[Job], tmp_path: Path) -> None:
     outcomes, said = run(four, tmp_path)
     assert statuses(outcomes) == [FAILED, TIMED_OUT, GOAL_MISSED, DONE]
@@ -92,9 +102,7 @@ def test_a_piece_that_fails_the_second_time_is_no_longer_done(tmp_path: Path) ->
 def test_ctrl_c_ends_the_piece_and_keeps_what_is_done(tmp_path: Path) -> None:
     presses = f"import os, signal; os.kill({os.getpid()}, signal.SIGINT); {HANG}"
     todo = [job("good", "0"), job("hangs", presses), job("next", "1")]
-    began = time.monotonic()
     outcomes, _ = run(todo, tmp_path)
-    assert time.monotonic() - began < 20.0
     assert [(outcome.name, outcome.status) for outcome in outcomes] == [
         ("good", DONE),
         ("hangs", NOT_RUN),

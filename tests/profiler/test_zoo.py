@@ -36,6 +36,9 @@ class Found(NamedTuple):
 class Witness(L.Callback):
     """Counts by itself: in the first step what autograd saves, in the next two the allocator's running total."""
 
+    def on_before_zero_grad(self, *_: Any) -> None:
+        """Wants the last step's gradients, so that the peak is where forward ends and all blocks are whole."""
+
     def __init__(self, batch: zoo.Batch) -> None:
         self._batch = batch
 
