@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.common import RESULTS, environment, write_result
+from benchmarks.common import MISSED, RESULTS, environment, write_result
 from benchmarks.half_products import native
 from benchmarks.numbers import cells
 from benchmarks.tasks import TASKS, Task
@@ -99,7 +99,7 @@ def show(tables: Sequence[dict[str, Any]], console: Console) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is missing, print, and write the JSON. Returns 1 where one of ours is worse than FP32's seeds."""
+    """Run what is missing, print, and write the JSON. Returns MISSED where one of ours is worse than FP32's seeds."""
     description = (__doc__ or "").splitlines()[0]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=description)
     parser.add_argument("--task", nargs="+", choices=TASKS, default=tuple(TASKS), metavar="NAME", help=", ".join(TASKS))
@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tables = summary(runs, accelerator)
     show(tables, console)
     rows = [row for table in tables for row in table["rows"] if row["precision"].startswith("mpt-")]
-    return 1 if any(row["verdict"] in ("worse", "diverged") for row in rows) else 0
+    return MISSED if any(row["verdict"] in ("worse", "diverged") for row in rows) else 0
 
 
 def workers(jobs: int, threads: int) -> ProcessPoolExecutor:

@@ -9,7 +9,7 @@ LARGEST_PIECE = {"cpu": 2**19}
 """Elements worked on at once with two rows of scratch: on a CPU, what its caches hold; elsewhere `DEFAULT_PIECE`."""
 DEFAULT_PIECE = 2**22
 SMALLEST_PIECE = 2**15
-"""Elements: a row of scratch of 256 KiB. In less, the calls take longer than their work."""
+"""Elements: a row of scratch of 128 KiB. In less, the calls take longer than their work."""
 PIECES_PER_MODEL_AND_ROW = 16
 """A row of scratch takes 4 bytes an element. So all rows together take a quarter of a byte for each of the model's
 parameters, under 5 % of the smallest state; a model too small for such pieces has a few of `SMALLEST_PIECE`."""
