@@ -1,8 +1,8 @@
 """The whole set of benchmarks in one command, piece by piece.
 
-    python -m benchmarks                      # all that a CPU can tell, within an hour on two cores
+    python -m benchmarks                      # all that a CPU can tell, about an hour on two cores
     python -m benchmarks --accelerator cuda   # all that a GPU can tell; the default where there is one
-    python -m benchmarks --quick              # ten minutes: shows that everything runs, and touches no kept result
+    python -m benchmarks --quick              # some ten minutes: shows that everything runs, and touches no kept result
     python -m benchmarks --only throughput    # the pieces whose names begin so
 
 A piece is a benchmark, or a part of one, in a process of its own with a limit to its time. Nothing else runs beside

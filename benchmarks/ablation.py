@@ -17,10 +17,9 @@ any complete run is from its own; at this size not every one does, and the table
 
 import argparse
 import contextlib
-import json
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from io import StringIO
@@ -36,7 +35,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from benchmarks.ablation_pictures import draw
-from benchmarks.common import ROOT, SILENT, environment, result_path, write_result
+from benchmarks.common import ROOT, SILENT, earlier, environment, result_path, write_result
 from benchmarks.half_products import HalfProducts
 from benchmarks.half_sums import HalfSums
 from examples.train_gpt import GPTModule, Windows, quiet_lightning, read_standard_library
@@ -124,9 +123,7 @@ class Losses(L.Callback):
         self.losses.append(float(trainer.callback_metrics["train_loss"]))
 
 
-@cache
-def texts() -> tuple[Tensor, Tensor]:
-    return read_standard_library()
+texts = cache(read_standard_library)
 
 
 def train(case: Case, seed: int, steps: int, picture: Path | None = None) -> dict[str, Any]:
@@ -256,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "half_products": "FP32 products of half operands, rounded to half",
         "task": f"the example GPT, nano; {BATCH_SIZE} windows of {SEQ_LEN} bytes a step",
     }
-    runs = kept(out, where["commit"], steps, seeds)
+    runs = kept(out, where, steps, seeds)
     done = {(run["case"], run["seed"]) for run in runs}
     todo = [(case, seed) for seed in range(seeds) for case in CASES if (case.name, seed) not in done]
     console = Console()
@@ -275,14 +272,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def kept(path: Path, commit: str, steps: int, seeds: int) -> list[dict[str, Any]]:
+def kept(path: Path, where: Mapping[str, Any], steps: int, seeds: int) -> list[dict[str, Any]]:
     """The runs in an earlier result that are of the same commit and length, and wanted."""
-    if not path.exists():
-        return []
-    earlier = json.loads(path.read_text(encoding="utf-8"))
-    if earlier["environment"]["commit"] != commit:
-        return []
-    return [run for run in earlier["runs"] if run["steps"] == steps and run["seed"] < seeds]
+    result = earlier(path, where)
+    runs = [] if result is None else result["runs"]
+    return [run for run in runs if run["steps"] == steps and run["seed"] < seeds]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ against FP32 without clipping.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import statistics
@@ -29,7 +28,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.common import MISSED, RESULTS, environment, write_result
+from benchmarks.common import MISSED, earlier, environment, result_path, write_result
 from benchmarks.half_products import native
 from benchmarks.numbers import cells
 from benchmarks.tasks import TASKS, Task
@@ -116,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = arguments.steps or (QUICK_STEPS if arguments.quick else None)
     steps = {name: asked or task.steps for name, task in TASKS.items()}
     seeds = arguments.seeds or (1 if arguments.quick else 3)
-    out = arguments.out or (RESULTS / "quick" if arguments.quick else RESULTS) / f"accuracy_{accelerator}.json"
+    out = arguments.out or result_path(f"accuracy_{accelerator}", quick=arguments.quick)
     threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
     where = described(sys.argv[1:] if argv is None else argv, accelerator, threads)
     runs = kept(out, where, steps)
@@ -163,12 +162,9 @@ def described(argv: Sequence[str], accelerator: str, threads: int) -> dict[str, 
 
 def kept(path: Path, where: Mapping[str, Any], steps: Mapping[str, int]) -> list[dict[str, Any]]:
     """The runs in an earlier result that are of the same commit and device, and as long."""
-    if not path.exists():
-        return []
-    earlier = json.loads(path.read_text(encoding="utf-8"))
-    if any(earlier["environment"].get(key) != where[key] for key in DEVICE):
-        return []
-    return [run for run in earlier["runs"] if "task" in run and run["steps"] == steps[run["task"]]]
+    result = earlier(path, where, DEVICE)
+    runs = [] if result is None else result["runs"]
+    return [run for run in runs if "task" in run and run["steps"] == steps[run["task"]]]
 
 
 if __name__ == "__main__":

@@ -195,9 +195,33 @@ def without_paths(text: str) -> str:
     return text
 
 
+def apart(module: str, *arguments: str, limit_s: float) -> dict[str, Any]:
+    """What `python -m benchmarks.MODULE --child ARGUMENTS` answers, in a fresh process: the last line that it prints.
+
+    Raises:
+        RuntimeError: it failed; with what it said.
+        subprocess.TimeoutExpired: it took longer than `limit_s`, and was ended.
+    """
+    command = [sys.executable, "-m", f"benchmarks.{module}", "--child", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit_s)
+    if done.returncode != 0:
+        said = without_paths(done.stderr)
+        raise RuntimeError(f"{module}, {' '.join(arguments)}: ended with status {done.returncode}:\n{said}")
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
 def result_path(name: str, *, quick: bool) -> Path:
     """Where a result goes if nobody says: a quick one never in the place of a kept one."""
     return (QUICK_RESULTS if quick else RESULTS) / f"{name}.json"
+
+
+def earlier(path: Path, where: Mapping[str, Any], same: Sequence[str] = ("commit",)) -> dict[str, Any] | None:
+    """The result that is there already, if it was made where `where` says, as far as the keys `same` go."""
+    if not path.exists():
+        return None
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return result if all(result["environment"].get(key) == where[key] for key in same) else None
 
 
 def write_result(path: Path, content: Mapping[str, Any]) -> None:

@@ -12,7 +12,6 @@ with 1.5 billion parameters is then estimated for one, and how long that takes a
 import argparse
 import json
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,19 +20,17 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lightning as L
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.common import MISSED, ROOT, SILENT, environment, result_path, slug, without_paths, write_result
+from benchmarks.common import MISSED, apart, environment, result_path, slug, write_result
+from benchmarks.recorded import Repeated, Step, by_category, recorded
 from examples.train_gpt import multiplies_bf16, quiet_lightning
 from lightning_mpt.cli.estimate import estimate
-from lightning_mpt.precisions import trainer_arguments
-from lightning_mpt.profiler import MemoryProfiler, MemoryReport
+from lightning_mpt.profiler import MemoryReport
 from lightning_mpt.profiler.estimate import Trial
 from lightning_mpt.profiler.estimate.corrections import without_onednn
 
@@ -46,23 +43,6 @@ TARGET = 0.03
 LARGE = {"layers": 48, "width": 1600, "heads": 25, "vocab_size": 50257, "seq_len": 1024, "batch_size": 8}
 """GPT-2 XL."""
 LARGE_PRECISIONS = ("32-true", "mpt-16-true")
-
-
-class Step(L.LightningModule):
-    """A network under AdamW, and cross entropy where it does not compute its own loss."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net.train()
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        if isinstance(batch, dict):
-            return self.net(**batch).loss
-        inputs, targets = batch
-        return F.cross_entropy(self.net(inputs), targets)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-4)
 
 
 class LastOfLSTM(nn.Module):
@@ -152,24 +132,6 @@ CASES = {
 }
 
 
-class Repeated:
-    """The same batch again and again, in new memory each time."""
-
-    def __init__(self, batch: Any, count: int) -> None:
-        self._batch = batch
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __iter__(self) -> Any:
-        for _ in range(self._count):
-            if isinstance(self._batch, dict):
-                yield {name: tensor.clone() for name, tensor in self._batch.items()}
-            else:
-                yield [tensor.clone() for tensor in self._batch]
-
-
 def onednn_if_it_runs(precision: str, case: Case) -> AbstractContextManager[None]:
     """Under autocast an LSTM asks oneDNN for what it has not on CPUs without bf16: torch must do without it there."""
     runs = case.make is not lstm or precision != "bf16-mixed" or multiplies_bf16()
@@ -177,21 +139,10 @@ def onednn_if_it_runs(precision: str, case: Case) -> AbstractContextManager[None
 
 
 def measured(precision: str, case: Case, device: str = "cpu") -> MemoryReport:
-    """Train a few steps in this process and give the profiler's report."""
-    quiet_lightning()
+    """The profiler's report of a step that is really done, in this process."""
     net, batch = case.make(**case.shape)
-    profiler = MemoryProfiler(tempfile.mkdtemp(), warmup_steps=1, steps=1)
-    trainer = L.Trainer(
-        accelerator=device,
-        devices=1,
-        max_steps=2,
-        profiler=profiler,
-        **SILENT,
-        **trainer_arguments(precision),
-    )
     with onednn_if_it_runs(precision, case):
-        trainer.fit(Step(net), Repeated(batch, 2))
-    return profiler.report
+        return recorded(Step(net), Repeated(batch, 2), precision, device)
 
 
 def estimated(precision: str, case: Case, device: str = "cpu") -> MemoryReport:
@@ -210,16 +161,6 @@ def errors(measured: MemoryReport, estimated: MemoryReport) -> dict[str, float]:
     return {**shares, "peak": (estimated.peak_bytes - measured.peak_bytes) / measured.peak_bytes}
 
 
-def apart(*arguments: str) -> dict[str, Any]:
-    """What this module says to `--child` in a fresh process: the last line that it prints."""
-    command = [sys.executable, "-m", "benchmarks.estimate", "--child", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
-    if done.returncode != 0:
-        raise RuntimeError(f"{arguments} ended with status {done.returncode}:\n{without_paths(done.stderr)}")
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return answer
-
-
 def child(kind: str, precision: str, device: str = "", name: str = "") -> dict[str, Any]:
     """What is done in a process of its own."""
     if kind == "measure":
@@ -234,7 +175,7 @@ def child(kind: str, precision: str, device: str = "", name: str = "") -> dict[s
         "seconds": time.perf_counter() - began,
         "host_peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "peak_bytes": report.peak_bytes,
-        "categories": {str(category): size for category, size in report.categories.items()},
+        "categories": by_category(report),
     }
 
 
@@ -264,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     for name in chosen:
         for precision in track(precisions, name, console=console):
-            content = apart("measure", precision, device, name)
+            content = apart("estimate", "measure", precision, device, name, limit_s=900)
             with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
                 file.write(json.dumps(content))
                 file.flush()
@@ -272,13 +213,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             guess = estimated(precision, cases[name], device)
             row = {"network": name, "precision": precision, "errors": errors(real, guess)}
             for kind, report in (("measured", real), ("estimated", guess)):
-                row[kind] = {"peak_bytes": report.peak_bytes, "categories": content_of(report)}
+                row[kind] = {"peak_bytes": report.peak_bytes, "categories": by_category(report)}
             rows.append(row)
     print_errors(rows, console)
     shapes = {name: {"make": case.make.__name__, **case.shape} for name, case in cases.items()}
     result: dict[str, Any] = {"environment": where, "cases": shapes, "rows": rows}
     if device == "cpu" and not quick:
-        large = [apart("large", precision) for precision in LARGE_PRECISIONS]
+        large = [apart("estimate", "large", precision, limit_s=900) for precision in LARGE_PRECISIONS]
         print_large(large, console)
         result["large"] = {**LARGE, "rows": large}
     write_result(out, result)
@@ -286,11 +227,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in missed:
         console.print(f"[red]missed: {row['network']} under {row['precision']}: {TARGET:.0%} is the target")
     return MISSED if missed else 0
-
-
-def content_of(report: MemoryReport) -> dict[str, int]:
-    """The categories as JSON has them."""
-    return {str(category): size for category, size in report.categories.items()}
 
 
 def print_errors(rows: list[dict[str, Any]], console: Console) -> None:

@@ -10,9 +10,7 @@ compact storage, half of all, whatever the model.
 
 import argparse
 import json
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,10 +23,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from benchmarks.common import MISSED, ROOT, SILENT, environment, result_path, without_paths, write_result
-from examples.train_gpt import quiet_lightning
-from lightning_mpt.precisions import trainer_arguments
-from lightning_mpt.profiler import MemoryProfiler
+from benchmarks.common import MISSED, apart, environment, result_path, write_result
+from benchmarks.recorded import Step, by_category, recorded
 
 REFERENCE = "32-true"
 OURS = "mpt-bf16-true"
@@ -54,20 +50,6 @@ CASES = {
     "ResNet": Case("resnet", {"width": 128, "image_size": 64}, 24),
 }
 """The long GPT-2 is ruled by activations, the short one by parameters."""
-
-
-class Step(L.LightningModule):
-    """A network of transformers' with fresh weights, under AdamW; it computes its own loss."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        return self.model(**batch).loss
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-4)
 
 
 def build(model: str, shape: dict[str, int]) -> tuple[nn.Module, Sample]:
@@ -107,40 +89,18 @@ def build(model: str, shape: dict[str, int]) -> tuple[nn.Module, Sample]:
 
 
 def measure(precision: str, case: Case) -> dict[str, Any]:
-    """Train for two steps in this process, of which the second is recorded, and return the report's figures."""
-    quiet_lightning()
+    """The figures of a recorded step, in this process."""
     L.seed_everything(0, verbose=False)
     model, sample = build(case.model, case.shape)
-    module = Step(model.train())
+    module = Step(model)
     samples = [sample() for _ in range(2 * case.batch_size)]
-    profiler = MemoryProfiler(tempfile.mkdtemp(), warmup_steps=1, steps=1)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        profiler=profiler,
-        **SILENT,
-        **trainer_arguments(precision),
-    )
-    trainer.fit(module, DataLoader(samples, batch_size=case.batch_size))
-    report = profiler.report
+    report = recorded(module, DataLoader(samples, batch_size=case.batch_size), precision, "cpu")
     return {
         "precision": precision,
         "parameters": sum(parameter.numel() for parameter in module.parameters()),
         "peak_bytes": report.peak_bytes,
-        "categories": {str(category): size for category, size in report.categories.items()},
+        "categories": by_category(report),
     }
-
-
-def measure_apart(precision: str, name: str) -> dict[str, Any]:
-    """`measure` in a fresh process. The last line that it prints is the answer."""
-    command = [sys.executable, "-m", "benchmarks.memory", "--child", precision, name]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
-    if done.returncode != 0:
-        raise RuntimeError(
-            f"{name} under {precision} ended with status {done.returncode}:\n{without_paths(done.stderr)}"
-        )
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return answer
 
 
 def arithmetic(reference: dict[str, Any]) -> float:
@@ -170,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     missed = []
     for name in names:
         case = CASES[name]
-        rows = [measure_apart(precision, name) for precision in track(precisions, name, console=console)]
+        rows = [apart("memory", each, name, limit_s=1800) for each in track(precisions, name, console=console)]
         reference = rows[0]
         least = arithmetic(reference)
         targets = {OURS: least + MARGIN if case.target is None else min(case.target, least + MARGIN)}

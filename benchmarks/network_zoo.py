@@ -11,35 +11,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import lightning as L
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
+
+from benchmarks.recorded import Step
 
 CLASSES = 1000
 GPT2_VOCABULARY, GPT2_SEQ_LEN, GPT2_BATCH_SIZE = 50257, 1024, 8
 HEAD_WIDTH = 64
-
-
-class Step(L.LightningModule):
-    """A network under AdamW. Of several outputs the further ones are auxiliary heads, with 0.3 of the loss each."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net.train()
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        if isinstance(batch, dict):
-            return self.net(**batch).loss
-        images, labels = batch
-        outputs = self.net(images)
-        if isinstance(outputs, Tensor):
-            return F.cross_entropy(outputs, labels)
-        main, *auxiliary = (F.cross_entropy(output, labels) for output in outputs)
-        return main + 0.3 * sum(auxiliary)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-4)
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,7 @@ since in fp16 it asks for a constant loss scale).
 import argparse
 import json
 import multiprocessing
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -33,7 +31,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from rich.console import Console
 from rich.markup import escape
@@ -41,14 +38,13 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 from benchmarks import network_zoo
-from benchmarks.common import RESULTS, ROOT, SILENT, environment, version, without_paths, write_result
-from benchmarks.estimate import Repeated
+from benchmarks.common import ROOT, apart, earlier, environment, result_path, version, write_result
 from benchmarks.network_pictures import draw
 from benchmarks.network_zoo import GPT2, GPT2_BATCH_SIZE, Network, gpt2_network
+from benchmarks.recorded import Repeated, by_category, recorded
 from examples.train_gpt import quiet_lightning
 from lightning_mpt.cli.estimate import estimate
-from lightning_mpt.precisions import trainer_arguments
-from lightning_mpt.profiler import MemoryProfiler, MemoryReport
+from lightning_mpt.profiler import MemoryReport
 from lightning_mpt.profiler.estimate import Trial, largest_batch
 from lightning_mpt.profiler.show.claims import FP32, share_claims
 
@@ -111,7 +107,7 @@ def row(network: Network, precision: str) -> dict[str, Any]:
         "batch_size": network.batch_size,
         "parameters": report.parameters,
         "peak_bytes": report.peak_bytes,
-        "categories": {str(category): size for category, size in report.categories.items()},
+        "categories": by_category(report),
         "phases": dict(phases),
         "largest_batch": {name: size if size >= network.smallest_batch else 0 for name, size in fits.items()},
         "estimated_batches": {str(size): dict(peaks) for size, peaks in sorted(known.items())},
@@ -246,17 +242,12 @@ def model_in_words(model: Mapping[str, int]) -> str:
 
 
 def measured(network: Network, precision: str, batch_size: int, accelerator: str = "gpu") -> dict[str, Any]:
-    """Train two steps in this process, of which the second is recorded."""
-    quiet_lightning()
-    profiler = MemoryProfiler(tempfile.mkdtemp(), warmup_steps=1, steps=1)
-    arguments = {**SILENT, **trainer_arguments(precision), "accelerator": accelerator, "devices": 1}
-    trainer = L.Trainer(max_steps=2, profiler=profiler, **arguments)
-    trainer.fit(network.module(), Repeated(network.batch(batch_size), 2))
-    report = profiler.report
+    """What a step really takes, in this process."""
+    report = recorded(network.module(), Repeated(network.batch(batch_size), 2), precision, accelerator)
     return {
         "measured_peak_bytes": report.peak_bytes,
         "measured_reserved_bytes": report.reserved_bytes,
-        "measured_categories": {str(category): size for category, size in report.categories.items()},
+        "measured_categories": by_category(report),
     }
 
 
@@ -269,16 +260,15 @@ def beside(network: Network, precision: str, memory_bytes: int) -> dict[str, Any
         "precision": precision,
         "batch_size": network.batch_size,
         "peak_bytes": report.peak_bytes,
-        "categories": {str(category): size for category, size in report.categories.items()},
+        "categories": by_category(report),
         "fits": report.peak_bytes < memory_bytes,
     }
     if not found["fits"]:
         return found
-    command = [sys.executable, "-m", "benchmarks.networks", "--child", network.name, precision]
-    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    if child.returncode != 0:
-        return {**found, "error": without_paths(child.stderr)[-2000:]}
-    return {**found, **json.loads(child.stdout.splitlines()[-1])}
+    try:
+        return {**found, **apart("networks", network.name, precision, limit_s=600)}
+    except RuntimeError as error:
+        return {**found, "error": str(error)[-2000:]}
 
 
 def show_measured(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
@@ -296,13 +286,10 @@ def show_measured(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
-def kept(path: Path, commit: str) -> list[dict[str, Any]]:
+def kept(path: Path, where: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rows of an earlier result of the same commit."""
-    if not path.exists():
-        return []
-    earlier = json.loads(path.read_text(encoding="utf-8"))
-    rows: list[dict[str, Any]] = [*earlier["networks"], *earlier.get("largest_models", [])]
-    return rows if earlier["environment"]["commit"] == commit else []
+    result = earlier(path, where)
+    return [] if result is None else [*result["networks"], *result.get("largest_models", [])]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -332,14 +319,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if arguments.measure:  # the largest models are only estimated
         names = [name for name in names if name != FAMILY]
-    file = "networks_cuda.json" if arguments.measure else "networks.json"
-    out = arguments.out or (RESULTS / "quick" / file if arguments.quick else RESULTS / file)
+    out = arguments.out or result_path("networks_cuda" if arguments.measure else "networks", quick=arguments.quick)
     flags = [f"--{flag}" for flag in ("quick", "measure") if getattr(arguments, flag)]
     selected = ["--network", *(f'"{name}"' for name in arguments.network)] if arguments.network else []
     where = environment("benchmarks.networks", [*flags, *selected])
     where["cpu_threads"] = arguments.jobs
     where["versions"]["torchvision"] = version("torchvision")
-    rows = kept(out, where["commit"])
+    rows = kept(out, where)
     known = {(row["network"], row["precision"]) for row in rows}
     todo = [(name, precision) for name in names for precision in PRECISIONS if (name, precision) not in known]
     order: Callable[[Sequence[dict[str, Any]]], Mapping[str, Any]] = summary

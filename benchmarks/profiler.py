@@ -12,7 +12,6 @@
 import argparse
 import json
 import random
-import subprocess
 import sys
 import time
 import warnings
@@ -26,7 +25,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.common import MISSED, ROOT, Timing, environment, result_path, without_paths, write_result
+from benchmarks.common import MISSED, Timing, apart, environment, result_path, write_result
 from lightning_mpt.profiler import Category, MemoryRecorder, MemoryReport
 from lightning_mpt.profiler.recording import Claim, Event, Mark, Recording, Window
 
@@ -218,7 +217,7 @@ def made_recording(count: int) -> Recording:
 
 
 def replay(count: int) -> dict[str, Any]:
-    """Turn `count` events into a report, in this process."""
+    """Turn `count` events into a report, in this process: a fresh one's peak is the memory that it takes."""
     recording = made_recording(count)
     start = time.perf_counter()
     report = MemoryReport.from_recording(recording)
@@ -232,16 +231,6 @@ def process_peak_bytes() -> int:
     # Not getrusage: its figure is that of the parent where that was larger when it started this process.
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-
-
-def replay_apart(count: int) -> dict[str, Any]:
-    """`replay` in a fresh process, whose own peak tells the memory that it took."""
-    command = [sys.executable, "-m", "benchmarks.profiler", "--child", str(count)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    if done.returncode != 0:
-        raise RuntimeError(f"{count} events ended with status {done.returncode}:\n{without_paths(done.stderr)}")
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return answer
 
 
 def missed(result: dict[str, Any]) -> list[str]:
@@ -303,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "targets": TARGETS,
         "peak": [measure_peak(name) for name in track(networks, "peaks", console=console)],
         "cost": [measure_cost(name, rounds) for name in track(networks, "cost", console=console)],
-        "replay": [replay_apart(count) for count in track(events, "replay", console=console)],
+        "replay": [apart("profiler", str(count), limit_s=600) for count in track(events, "replay", console=console)],
     }
     show(result, console)
     write_result(arguments.out or result_path("profiler_cpu", quick=quick), {"environment": where, **result})

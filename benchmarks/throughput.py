@@ -13,24 +13,22 @@ the memory does not suffice, the table says so, and the other contenders go on.
 
 import argparse
 import gc
-import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import lightning as L
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
-from benchmarks.common import MISSED, SILENT, StepClock, Timing, environment, result_path, slug, write_result
-from benchmarks.memory import Sample, Step, build
+from benchmarks import network_zoo
+from benchmarks.common import MISSED, SILENT, StepClock, Timing, earlier, environment, result_path, slug, write_result
+from benchmarks.memory import build
+from benchmarks.recorded import Step
 from examples.train_gpt import quiet_lightning
 from lightning_mpt.precisions import trainer_arguments
 
@@ -84,41 +82,20 @@ NETWORKS = {
 }
 
 
-class WithLoss(nn.Module):
-    """A classifier that gives its loss, as those of transformers do."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, pixel_values: Tensor, labels: Tensor) -> SimpleNamespace:
-        return SimpleNamespace(loss=F.cross_entropy(self.net(pixel_values), labels))
-
-
-def resnet50(shape: dict[str, int]) -> tuple[nn.Module, Sample]:
-    """ResNet-50, torchvision's where that is installed, else that of transformers; and one sample of its data."""
-
-    def image() -> dict[str, Tensor]:
-        return {
-            "pixel_values": torch.randn(3, shape["image_size"], shape["image_size"]),
-            "labels": torch.randint(1000, ()),
-        }
-
-    try:
-        from torchvision.models import resnet50
-    except ImportError:
-        from transformers import ResNetConfig, ResNetForImageClassification
-
-        return ResNetForImageClassification(ResNetConfig(num_labels=1000)), image  # its defaults are ResNet-50
-    return WithLoss(resnet50()), image
+def built(network: Network) -> tuple[Step, Any]:
+    """The module that trains the network, and a batch of its data."""
+    if network.model == "resnet50":
+        resnet = network_zoo.networks()["ResNet-50"]
+        return resnet.module(), resnet.batch(network.batch_size)
+    net, sample = build(network.model, network.shape)
+    return Step(net), default_collate([sample() for _ in range(network.batch_size)])
 
 
 def train(network: Network, precision: str, device: str, steps: int) -> dict[str, Any]:
     """Train for a few steps: the seconds that each took after the warm-up, and how many of all were skipped."""
     L.seed_everything(0, verbose=False)
     with torch.device(device):
-        net, sample = resnet50(network.shape) if network.model == "resnet50" else build(network.model, network.shape)
-        batch = default_collate([sample() for _ in range(network.batch_size)])
+        module, batch = built(network)
     clock = StepClock()
     count = WARMUP_STEPS + steps
     trainer = L.Trainer(
@@ -130,11 +107,11 @@ def train(network: Network, precision: str, device: str, steps: int) -> dict[str
         **SILENT,
         **trainer_arguments(precision),
     )
-    trainer.fit(Step(net.train()), DataLoader([batch] * count, batch_size=None))
+    trainer.fit(module, DataLoader([batch] * count, batch_size=None))
     taken = next(iter(trainer.optimizers[0].state.values()))["step"]
     return {
-        "library": type(net.net if isinstance(net, WithLoss) else net).__module__.partition(".")[0],
-        "parameters": sum(parameter.numel() for parameter in net.parameters()),
+        "library": type(module.net).__module__.partition(".")[0],
+        "parameters": sum(parameter.numel() for parameter in module.parameters()),
         "seconds": clock.seconds()[-steps:],
         "skipped_steps": count - int(taken),
     }
@@ -254,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     where = environment("benchmarks.throughput")
     on = slug(where["gpu"]["name"]) if device == "cuda" else "cpu"
     out = arguments.out or result_path(f"throughput_{on}", quick=arguments.quick)
-    found = kept(out, where["commit"], quick=arguments.quick)
+    found = kept(out, where, quick=arguments.quick)
     console = Console()
     quiet_lightning()
     contests = {name: Contest(networks[name], device, quick=arguments.quick) for name in chosen}
@@ -278,13 +255,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return MISSED if missed else 0
 
 
-def kept(path: Path, commit: str, *, quick: bool) -> dict[str, Any]:
+def kept(path: Path, where: Mapping[str, Any], *, quick: bool) -> dict[str, Any]:
     """The networks in an earlier result of the same commit and kind."""
-    if not path.exists():
-        return {}
-    earlier = json.loads(path.read_text(encoding="utf-8"))
-    alike = earlier["environment"]["commit"] == commit and earlier["quick"] == quick
-    found: dict[str, Any] = earlier["networks"] if alike else {}
+    result = earlier(path, where)
+    found: dict[str, Any] = {} if result is None or result["quick"] != quick else result["networks"]
     return found
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 import benchmarks.__main__ as the_set
 from benchmarks.__main__ import DONE, FAILED, GOAL_MISSED, NOT_RUN, PLAN, TIMED_OUT, Job, Journal, Outcome, run_all
-from benchmarks.common import MISSED, ROOT
+from benchmarks.common import MISSED, ROOT, apart
 from benchmarks.processes import run_guarded
 from benchmarks.throughput import NETWORKS
 
@@ -165,3 +165,9 @@ def test_no_benchmark_is_forgotten() -> None:
 def test_a_quick_set_says_so_to_every_piece(accelerator: str) -> None:
     assert all(one.command[-1] == "--quick" for one in the_set.jobs(accelerator, quick=True))
     assert all("--quick" not in one.command for one in the_set.jobs(accelerator, quick=False))
+
+
+def test_what_a_child_answers_or_dies_of_reaches_who_asked() -> None:
+    assert apart("profiler", "1000", limit_s=120)["events"] == 1000
+    with pytest.raises(RuntimeError, match=r"(?s)profiler, many: ended with status 2:.*invalid int value: 'many'"):
+        apart("profiler", "many", limit_s=120)

@@ -117,5 +117,5 @@ def test_an_unknown_network_is_refused_with_those_there_are(capsys: pytest.Captu
 
 def test_resnet_50_has_its_size() -> None:
     with torch.device("meta"):
-        net, _ = throughput.resnet50({"image_size": 224})
-    assert sum(parameter.numel() for parameter in net.parameters()) == 25_557_032
+        module, _ = throughput.built(throughput.NETWORKS["cuda"]["ResNet-50"])
+    assert sum(parameter.numel() for parameter in module.parameters()) == 25_557_032

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.estimate import Case, Step, gpt2
+from benchmarks.estimate import Case, gpt2
+from benchmarks.recorded import Step
 from lightning_mpt.cli.estimate import estimate
 from lightning_mpt.cli.imagined import SCAN_TILE, UPDATE_TILE
 from lightning_mpt.kernels.triton.launch import BLOCK, SCAN_BLOCK
