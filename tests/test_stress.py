@@ -26,8 +26,9 @@ CONFIGURATIONS, QUICK = 200, 25
 EPOCHS, BATCHES, HELD_OUT = 2, 6, 1
 LEAST_COSINE = 0.95
 """Between the ways that the weights went, ours and FP32's. Worst seen 0.981."""
-MOST_LOSS = {"rel": 0.1, "abs": 1e-3}
-"""More of the held-out loss than FP32 training ends with, as a share of what that gains. Worst seen 0.028."""
+MOST_LOSS = {"rel": 0.1, "abs": 1e-2}
+"""More of the held-out loss than FP32 training ends with: a share of what that gains (worst seen 0.028), and what few
+steps by the sign of gradients, as RMSprop's first ones are, leave to rounding (worst seen 0.006, by bf16 LSTMs)."""
 
 
 class LSTM(nn.Module):

@@ -119,7 +119,7 @@ def vit() -> tuple[Task, Batch]:
     config = ViTConfig(
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
-        num_hidden_layers=2,
+        num_hidden_layers=3,
         num_attention_heads=2,
         image_size=16,
         patch_size=4,

@@ -1,9 +1,10 @@
 """oneDNN's LSTM on a CPU: what it keeps for backward, which torch's fake kernel leaves out, and its scratch.
 
-oneDNN lays the rows of its matrices out on 64 bytes, away from multiples of 1 KiB, and the parts of its workspace on
-pages (src/cpu/rnn/rnn_utils.cpp: `get_good_ld`, `set_offsets`). The sizes were read off layers of some three hundred
-shapes on a CPU without AVX-512, and fit every one to the byte. Another CPU may get another implementation: there the
-rule is asked whether it fits a small layer, and not used where it does not.
+oneDNN lays the rows of its matrices out on 64 bytes, away from multiples of 256 numbers, and the parts of its workspace
+on pages (src/cpu/rnn/rnn_utils.cpp: `get_good_ld`, `set_offsets`). The sizes were read off layers of some three hundred
+shapes on a CPU without AVX-512 and of seventy on one with AMX, where half layers take the same way; the workspace fits
+every one to the byte, the scratch of half layers within some 100 KiB. Another CPU may get another implementation: there
+the rule is asked whether it fits a small layer, and not used where it does not.
 """
 
 from collections.abc import Callable
@@ -18,8 +19,8 @@ aten = torch.ops.aten
 _FORWARD = aten.mkldnn_rnn_layer.default
 _BACKWARD = aten.mkldnn_rnn_layer_backward.default
 _PAGE = 4096
-_NUMBER = 4
-"""Bytes. Half LSTMs do without oneDNN where a CPU has no instructions for them."""
+_SINGLE = 4
+"""Bytes of an FP32 number, which sums are in half layers too."""
 _POINTERS = 568
 """Bytes, of addresses and alignment, in its scratch."""
 
@@ -31,33 +32,19 @@ def rule_holds() -> bool:
 
 @cache
 def _fits() -> bool:
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return False  # then half LSTMs take the same way, with a layout of their own
+    half = [torch.bfloat16] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else []
+    return all(_fits_layer(dtype) for dtype in (torch.float32, *half))
+
+
+def _fits_layer(dtype: torch.dtype) -> bool:
     with _disable_current_modes(), torch.enable_grad():  # else nothing is kept
         input, w0, w1, bias, state = (
-            torch.zeros(shape, dtype=torch.float32, device="cpu")
-            for shape in ((3, 5, 33), (80, 33), (80, 20), (80,), (5, 20))
+            torch.zeros(shape, dtype=dtype, device="cpu") for shape in ((3, 5, 33), (80, 33), (80, 20), (80,), (5, 20))
         )
-        arguments: tuple[Any, ...] = (
-            input,
-            w0,
-            w1,
-            bias,
-            bias,
-            state,
-            state,
-            False,
-            [],
-            2,
-            20,
-            1,
-            True,
-            False,
-            False,
-            True,
-        )
+        states_and_options: tuple[Any, ...] = state, state, False, [], 2, 20, 1, True, False, False, True
+        arguments: tuple[Any, ...] = (input, w0, w1, bias, bias, *states_and_options)
         kept: torch.Tensor = _FORWARD(*arguments)[3]
-        return kept.nbytes == _workspace_bytes(*_sizes(_FORWARD, arguments))
+        return kept.nbytes == _workspace_bytes(*_sizes(_FORWARD, arguments), dtype.itemsize)
 
 
 def with_workspace(func: Callable[..., Any], args: tuple[Any, ...], result: Any) -> Any:
@@ -65,7 +52,8 @@ def with_workspace(func: Callable[..., Any], args: tuple[Any, ...], result: Any)
     if func is not _FORWARD or not torch.is_grad_enabled():
         return result
     *outputs, _ = result
-    return (*outputs, args[0].new_empty(_workspace_bytes(*_sizes(func, args)), dtype=torch.uint8))
+    size = _workspace_bytes(*_sizes(func, args), args[0].element_size())
+    return (*outputs, args[0].new_empty(size, dtype=torch.uint8))
 
 
 def lstm_scratch(func: Callable[..., Any], args: tuple[Any, ...]) -> int:
@@ -73,12 +61,18 @@ def lstm_scratch(func: Callable[..., Any], args: tuple[Any, ...]) -> int:
     if func is not _FORWARD and func is not _BACKWARD:
         return 0
     steps, batch, inputs, hidden = _sizes(func, args)
-    gates = 4 * hidden
+    gates, number = 4 * hidden, args[0].element_size()
+    backward = func is _BACKWARD
+    if number != _SINGLE:
+        scratch = number * (gates + (inputs + hidden) * gates) + (_SINGLE + number) * batch * _row(gates)
+        if backward:  # half results are cast to FP32, and what is summed over the steps is laid out in rows
+            scratch += _SINGLE * ((steps + 2) * batch * hidden + (inputs + hidden) * _row(gates) + gates)
+        return scratch
     sums = _pages(steps * batch * _row(gates)) + 2 * _pages(batch * _row(hidden)) + _PAGE + _POINTERS
-    scratch = sums + _NUMBER * (gates + (inputs + hidden) * _row(gates))
-    if func is _BACKWARD:
-        scratch += _NUMBER * (gates + 2 * batch * hidden)
-        scratch += sum(_NUMBER * gates * _row(size) for size in (inputs, hidden) if size != _row(size))
+    scratch = sums + _SINGLE * (gates + (inputs + hidden) * _row(gates))
+    if backward:
+        scratch += _SINGLE * (gates + 2 * batch * hidden)
+        scratch += sum(_SINGLE * gates * _row(size) for size in (inputs, hidden) if size != _row(size))
         gradient = args[10]
         if gradient is not None and not gradient.is_contiguous():
             scratch += gradient.nbytes
@@ -93,23 +87,26 @@ def _sizes(func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[int, int, i
     return steps, batch, input.shape[2], w1.shape[1]
 
 
-def _workspace_bytes(steps: int, batch: int, inputs: int, hidden: int) -> int:
-    states = 2 * (steps + 1) * batch
+def _workspace_bytes(steps: int, batch: int, inputs: int, hidden: int, number: int) -> int:
+    """`number` is the bytes of one of the layer's: gates and states are of its type, gradients and cells of FP32."""
+    states, widest = 2 * (steps + 1) * batch, max(inputs, hidden)
     return (
-        _pages(steps * batch * _row(4 * hidden))
-        + 3 * _pages(states * _row(max(inputs, hidden)))
-        + 2 * _pages(states * hidden)
-        + _pages(steps * batch * _row(hidden))
+        _pages(steps * batch * _row(4 * hidden, number), number)
+        + _pages(states * _row(widest, number), number)
+        + 2 * _pages(states * _row(widest))
+        + _pages(states * hidden, number)
+        + _pages(states * hidden)
+        + _pages(steps * batch * _row(hidden, number), number)
     )
 
 
-def _row(numbers: int) -> int:
-    """How many numbers a row of so many has room for."""
-    line = 64 // _NUMBER
+def _row(numbers: int, number: int = _SINGLE) -> int:
+    """How many numbers of `number` bytes a row of so many has room for."""
+    line = 64 // number
     rounded = -(-numbers // line) * line
     return rounded + line if rounded % 256 == 0 else rounded
 
 
-def _pages(numbers: int) -> int:
-    """Bytes of the whole pages that hold so many numbers."""
-    return -(-numbers * _NUMBER // _PAGE) * _PAGE
+def _pages(numbers: int, number: int = _SINGLE) -> int:
+    """Bytes of the whole pages that hold so many numbers of `number` bytes."""
+    return -(-numbers * number // _PAGE) * _PAGE

@@ -17,10 +17,12 @@ from lightning_mpt.profiler.estimate import CPU, EstimateError, Trial
 from lightning_mpt.profiler.estimate.lstm import rule_holds
 
 GPT2 = Case(gpt2, {"layers": 1, "width": 64, "vocab_size": 256, "seq_len": 64, "batch_size": 4})
-MLP = Case(mlp, {"features": 32, "width": 64, "layers": 2, "batch_size": 256})
-CONVNET = Case(convnet, {"width": 8, "size": 16, "batch_size": 8})
+MLP = Case(mlp, {"features": 64, "width": 256, "layers": 2, "batch_size": 1024})
+CONVNET = Case(convnet, {"width": 16, "size": 32, "batch_size": 32})
 LSTM = Case(lstm, {"features": 16, "width": 32, "layers": 2, "steps": 12, "batch_size": 8}, onednn=False)
-ONEDNN = LSTM._replace(shape={**LSTM.shape, "features": 24, "width": 40, "batch_size": 16}, onednn=rule_holds())
+ONEDNN = LSTM._replace(
+    shape={**LSTM.shape, "features": 24, "width": 72, "steps": 24, "batch_size": 32}, onednn=rule_holds()
+)
 PAIRS = [
     *[pytest.param(GPT2, precision, id=f"gpt2-{precision}") for precision in PRECISIONS["cpu"]],
     *[pytest.param(MLP, precision, id=f"mlp-{precision}") for precision in ("32-true", "bf16-mixed")],

@@ -6,6 +6,7 @@ from torch import nn
 
 from benchmarks.estimate import Case, estimated
 from benchmarks.estimate import lstm as network
+from examples.train_gpt import multiplies_bf16
 from lightning_mpt.profiler.estimate import lstm
 from lightning_mpt.profiler.estimate.corrections import cpu_unknowns
 
@@ -13,15 +14,23 @@ SHAPES = [(1, 1, 1, 1), (3, 5, 7, 6), (2, 33, 100, 30), (40, 20, 24, 40), (12, 8
 """Steps, samples, inputs, hidden units."""
 
 
+HALF = pytest.param(
+    torch.bfloat16,
+    marks=pytest.mark.skipif(not multiplies_bf16(), reason="half LSTMs do without oneDNN on this CPU"),
+    id="bfloat16",
+)
+
+
 @pytest.mark.skipif(not lstm.rule_holds(), reason="oneDNN has another LSTM on this CPU, or none")
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, id="float32"), HALF])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_workspace_is_as_large_as_onednns(shape: tuple[int, int, int, int]) -> None:
+def test_the_workspace_is_as_large_as_onednns(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     steps, batch, inputs, hidden = shape
-    layer = nn.LSTM(inputs, hidden)
-    state = torch.zeros(batch, hidden)
+    layer = nn.LSTM(inputs, hidden, dtype=dtype)
+    state = torch.zeros(batch, hidden, dtype=dtype)
     weights = layer.weight_ih_l0, layer.weight_hh_l0, layer.bias_ih_l0, layer.bias_hh_l0
     options = (False, [], 2, hidden, 1, True, False, False, True)
-    arguments = (torch.zeros(steps, batch, inputs), *weights, state, state, *options)
+    arguments = (torch.zeros(steps, batch, inputs, dtype=dtype), *weights, state, state, *options)
     kept = torch.ops.aten.mkldnn_rnn_layer(*arguments)
     *_, by_rule = lstm.with_workspace(torch.ops.aten.mkldnn_rnn_layer.default, arguments, kept)
     assert by_rule.nbytes == kept[3].nbytes
