@@ -26,6 +26,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
+from benchmarks import network_zoo
 from benchmarks.common import MISSED, apart, environment, result_path, slug, write_result
 from benchmarks.recorded import Repeated, Step, by_category, recorded
 from examples.train_gpt import multiplies_bf16, quiet_lightning
@@ -61,21 +62,10 @@ def gpt2(
     *, layers: int, width: int, vocab_size: int, seq_len: int, batch_size: int, heads: int | None = None
 ) -> tuple[nn.Module, Any]:
     """GPT-2 of transformers, with dropout as in its configuration, and a batch of tokens."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(
-        vocab_size=vocab_size,
-        n_positions=seq_len,
-        n_embd=width,
-        n_layer=layers,
-        n_head=heads or width // 32,
-        bos_token_id=0,
-        eos_token_id=0,
-        use_cache=False,
-        loss_type="ForCausalLM",
-    )
+    text = {"vocab_size": vocab_size, "seq_len": seq_len}
+    net = network_zoo.small_gpt2(layers=layers, heads=heads or width // 32, n_embd=width, **text)
     tokens = torch.zeros(batch_size, seq_len, dtype=torch.int64)
-    return GPT2LMHeadModel(config), {"input_ids": tokens, "labels": tokens.clone()}
+    return net, {"input_ids": tokens, "labels": tokens.clone()}
 
 
 def lstm(*, features: int, width: int, layers: int, steps: int, batch_size: int) -> tuple[nn.Module, Any]:

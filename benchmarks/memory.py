@@ -23,6 +23,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from benchmarks import network_zoo
 from benchmarks.common import MISSED, apart, environment, result_path, write_result
 from benchmarks.recorded import Step, by_category, recorded
 
@@ -55,27 +56,15 @@ CASES = {
 def build(model: str, shape: dict[str, int]) -> tuple[nn.Module, Sample]:
     """The network, `gpt2` or `resnet`, and what makes one sample of its data."""
     if model == "gpt2":
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        config = GPT2Config(
-            vocab_size=shape["vocab_size"],
-            n_positions=shape["seq_len"],
-            n_embd=shape["width"],
-            n_layer=shape["layers"],
-            n_head=shape["width"] // 64,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            bos_token_id=0,
-            eos_token_id=0,
-            use_cache=False,
-        )
+        size = {"layers": shape["layers"], "heads": shape["width"] // network_zoo.HEAD_WIDTH}
+        text = {"vocab_size": shape["vocab_size"], "seq_len": shape["seq_len"]}
+        gpt2 = network_zoo.small_gpt2(**size, **text, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
 
         def tokens() -> dict[str, Tensor]:
             drawn = torch.randint(shape["vocab_size"], (shape["seq_len"],))
             return {"input_ids": drawn, "labels": drawn}
 
-        return GPT2LMHeadModel(config), tokens
+        return gpt2, tokens
     from transformers import ResNetConfig, ResNetForImageClassification
 
     width, size = shape["width"], shape["image_size"]

@@ -137,18 +137,18 @@ GPT2: dict[str, dict[str, int]] = {
 """A head is 64 wide."""
 
 
-def gpt2(layers: int, heads: int) -> nn.Module:
-    """GPT-2 of that many layers, heads of 64 a layer, and everything else as it was trained."""
+def gpt2(layers: int, heads: int, **settings: Any) -> nn.Module:
+    """GPT-2 of that many layers, heads of 64 a layer, and everything else as it was trained or as `settings` say."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(
-        n_embd=HEAD_WIDTH * heads,
-        n_layer=layers,
-        n_head=heads,
-        use_cache=False,
-        loss_type="ForCausalLM",
-    )
-    return GPT2LMHeadModel(config)
+    width = {"n_embd": HEAD_WIDTH * heads, "n_layer": layers, "n_head": heads}
+    return GPT2LMHeadModel(GPT2Config(use_cache=False, loss_type="ForCausalLM", **(width | settings)))
+
+
+def small_gpt2(*, layers: int, heads: int, vocab_size: int, seq_len: int, **settings: Any) -> nn.Module:
+    """The same over few tokens, for what a CPU trains."""
+    few = {"vocab_size": vocab_size, "n_positions": seq_len, "bos_token_id": 0, "eos_token_id": 0}
+    return gpt2(layers, heads, **(few | settings))
 
 
 def gpt2_network(name: str, layers: int, heads: int) -> Network:

@@ -159,6 +159,21 @@ def profiler(result: dict[str, Any]) -> str:
     return table(["network", "the allocator's peak", "here", "torch's MemTracker"], rows) + words.source(result)
 
 
+def profiler_cost(result: dict[str, Any]) -> str:
+    """A step's time with the profiler by its time without, and what a report takes to make."""
+    rows = []
+    for row in result["cost"]:
+        plain = row["timings"]["without"]
+        spread = (plain["p80_s"] - plain["p20_s"]) / plain["median_s"]
+        rows.append([row["network"], f"{row['recording']:.3f}", f"{row['not_recording']:.3f}", f"{spread:.1%}"])
+    replays = " and ".join(
+        f"{row['seconds']:.1f} s for {row['events']:,} events ({row['process_peak_bytes'] / 2**30:.1f} GiB)"
+        for row in result["replay"]
+    )
+    head = ["network", "recording", "there, and done", "spread of a step without"]
+    return f"{table(head, rows)}\n\nMaking the report takes {replays}.{words.source(result)}"
+
+
 def estimate(result: dict[str, Any]) -> str:
     """How far estimates are off, and what the large one takes."""
     rows = []
@@ -279,6 +294,7 @@ NUMBERS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "worse": ("accuracy_cpu", lambda result: words.verdicts(result) + words.source(result)),
     "preset-cost": ("accuracy_cpu", words.preset_cost),
     "profiler": ("profiler_cpu", profiler),
+    "profiler-cost": ("profiler_cpu", profiler_cost),
     "estimate": ("estimate_*", estimate),
     "networks": ("networks", networks),
     "fits": ("networks", words.fits),

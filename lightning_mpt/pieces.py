@@ -1,5 +1,6 @@
 """Walking over tensors piece by piece, so that conversions need neither much memory nor many trips to it."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -8,11 +9,14 @@ from torch import Tensor
 LARGEST_PIECE = {"cpu": 2**19}
 """Elements worked on at once with two rows of scratch: on a CPU, what its caches hold; elsewhere `DEFAULT_PIECE`."""
 DEFAULT_PIECE = 2**22
-SMALLEST_PIECE = 2**15
-"""Elements: a row of scratch of 128 KiB. In less, the calls take longer than their work."""
+SMALLEST_SCRATCH = 3 * 2**16
+"""Elements, of all rows together: 768 KiB, or as many as the model has. In less, calls take longer than their work."""
 PIECES_PER_MODEL_AND_ROW = 16
 """A row of scratch takes 4 bytes an element. So all rows together take a quarter of a byte for each of the model's
-parameters, under 5 % of the smallest state; a model too small for such pieces has a few of `SMALLEST_PIECE`."""
+parameters, under 5 % of the smallest state; a model too small for that has `SMALLEST_SCRATCH`."""
+VECTOR = 64
+"""Elements. Cuts are at multiples of it, so that a CPU's vector instructions, which round otherwise than those for the
+rest of a tensor, meet the same elements wherever it is cut. So a run resumes bit for bit, whatever was frozen then."""
 
 
 def piece_length(tensors: Sequence[Tensor], rows: int = 2, multiple: int = 1, *, model_numel: int = 0) -> int:
@@ -21,13 +25,15 @@ def piece_length(tensors: Sequence[Tensor], rows: int = 2, multiple: int = 1, *,
     Args:
         tensors: all that is to be worked on.
         rows: how many float32 tensors of that length the work needs.
-        multiple: what the length must be a whole multiple of.
+        multiple: what the length must be a whole multiple of; it is one of `VECTOR` in any case.
         model_numel: how many parameters the model has, where `tensors` may be a part of it.
     """
     total = sum(tensor.numel() for tensor in tensors)
     model_numel = max(model_numel, total)
     bound = LARGEST_PIECE.get(tensors[0].device.type, DEFAULT_PIECE) * 2 // rows
-    length = max(1, min(bound, max(SMALLEST_PIECE, model_numel // (PIECES_PER_MODEL_AND_ROW * rows)), total))
+    scratch = max(min(SMALLEST_SCRATCH, model_numel), model_numel // PIECES_PER_MODEL_AND_ROW)
+    length = max(1, min(bound, scratch // rows, total))
+    multiple = math.lcm(multiple, VECTOR)
     return -(-length // multiple) * multiple
 
 

@@ -1,6 +1,6 @@
 """Gradients in plain torch: one look at all of them before the update, and what the update makes of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -51,14 +51,30 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     """The sum of all squares in FP32 (float32, no dimensions); by pieces, since CPU reductions copy whole tensors."""
     length = piece_length(tensors)
     scratch = torch.empty(length, dtype=torch.float32)
-    parts = [torch.zeros((), dtype=torch.float32)]
+    sums = [torch.zeros((), dtype=torch.float32)]
+    for stretch in _stretches(tensors, length):
+        sizes = [len(part) for part in stretch]
+        fp32 = scratch[: sum(sizes)]
+        torch._foreach_copy_(list(fp32.split(sizes)), stretch)
+        sums.append(torch.dot(fp32, fp32))
+    return torch.stack(sums).sum()
+
+
+def _stretches(tensors: Sequence[Tensor], length: int) -> Iterator[list[Tensor]]:
+    """All elements, flat, in stretches of at most `length`: small tensors together, large ones in parts."""
+    together: list[Tensor] = []
+    room = length
     for tensor in tensors:
         values = flat(dense(tensor))
         for part in pieces(values.numel(), length):
             piece = values[part]
-            piece = piece if piece.dtype == torch.float32 else scratch[: len(piece)].copy_(piece)
-            parts.append(torch.dot(piece, piece))
-    return torch.stack(parts).sum()
+            if len(piece) > room:
+                yield together
+                together, room = [], length
+            together.append(piece)
+            room -= len(piece)
+    if together:
+        yield together
 
 
 def _all_finite(tensor: Tensor) -> bool:
