@@ -1,7 +1,7 @@
 """What kernels of a CPU allocate and free within themselves, where that is large: convolutions, batch norm, LSTMs.
 
 - oneDNN works on blocked layouts: it copies its inputs to them, and its result back, of a half type by way of a second
-  copy (aten/src/ATen/native/mkldnn/Conv.cpp). Its blocks of half numbers, some 100 KiB a thread, are not counted.
+  copy (aten/src/ATen/native/mkldnn/Conv.cpp). Half gradients of weights are summed in FP32, by each thread for itself.
 - Without it, which is so for half types on CPUs without instructions for them, the input is unfolded into columns, one
   for every element of a filter (aten/src/ATen/native/ConvolutionMM2d.cpp).
 - Batch norm's backward pass makes a second tensor of its input's size (aten/src/ATen/native/Normalization.cpp).
@@ -20,6 +20,8 @@ from .lstm import lstm_scratch
 aten = torch.ops.aten
 _CONVOLUTIONS = {aten.convolution.default: 6, aten.convolution_backward.default: 7}
 """With the place of their argument `transposed`."""
+BLOCKS_BYTES = 90_000
+"""What a thread keeps half blocks in, more or less: 80 to 180 KB."""
 
 
 def cpu_scratch(func: Any, args: tuple[Any, ...]) -> int:
@@ -37,7 +39,10 @@ def cpu_scratch(func: Any, args: tuple[Any, ...]) -> int:
     if func is aten.convolution_backward.default:
         gradient, image, weight = args[:3]
         if _by_onednn(image):
-            return int(gradient.nbytes + image.nbytes)
+            copies = gradient.nbytes + image.nbytes
+            if image.dtype != torch.float32:
+                copies += torch.get_num_threads() * (4 * weight.numel() + BLOCKS_BYTES)
+            return int(copies)
         return _columns_bytes(image, weight, gradient.shape[2:])
     return lstm_scratch(func, args)
 
