@@ -21,7 +21,7 @@ def test_every_number_stands_on_a_page(name: str) -> None:
     assert any(f"<!-- numbers: {name} -->" in page.read_text(encoding="utf-8") for page in PAGES)
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("[!.]*.json")), ids=lambda path: path.stem)
 def test_a_result_says_where_it_is_from(path: Path) -> None:
     where = json.loads(path.read_text(encoding="utf-8"))["environment"]
     assert re.fullmatch(r"[0-9a-f]{40}", where["commit"]), "measured with changes that are in no commit"
