@@ -53,9 +53,11 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     scratch = torch.empty(length, dtype=torch.float32)
     sums = [torch.zeros((), dtype=torch.float32)]
     for stretch in _stretches(tensors, length):
-        sizes = [len(part) for part in stretch]
-        fp32 = scratch[: sum(sizes)]
-        torch._foreach_copy_(list(fp32.split(sizes)), stretch)
+        fp32 = stretch[0]
+        if len(stretch) > 1 or fp32.dtype != torch.float32:
+            sizes = [len(part) for part in stretch]
+            fp32 = scratch[: sum(sizes)]
+            torch._foreach_copy_(list(fp32.split(sizes)), stretch)
         sums.append(torch.dot(fp32, fp32))
     return torch.stack(sums).sum()
 
