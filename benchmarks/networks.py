@@ -25,7 +25,7 @@ import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from math import prod
 from pathlib import Path
@@ -38,7 +38,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 from benchmarks import network_zoo
-from benchmarks.common import ROOT, apart, earlier, environment, result_path, version, write_result
+from benchmarks.common import ROOT, apart, environment, result_path, version, write_result
 from benchmarks.network_pictures import draw
 from benchmarks.network_zoo import GPT2, GPT2_BATCH_SIZE, Network, gpt2_network
 from benchmarks.recorded import Repeated, by_category, recorded
@@ -286,10 +286,22 @@ def show_measured(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
-def kept(path: Path, where: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows of an earlier result of the same commit."""
-    result = earlier(path, where)
-    return [] if result is None else [*result["networks"], *result.get("largest_models", [])]
+def kept(path: Path, where: Mapping[str, Any], asked: Collection[str]) -> list[dict[str, Any]]:
+    """The rows of an earlier result that stand: all of the same commit, and of another those that nobody asks for now.
+
+    So a call for some networks, or on a machine that lacks a library, leaves the others' rows as they are. A row from
+    another commit or command says so: it has a key `environment` of its own.
+    """
+    if not path.exists():
+        return []
+    result = json.loads(path.read_text(encoding="utf-8"))
+    rows = []
+    for row in (*result["networks"], *result.get("largest_models", [])):
+        of = row.pop("environment", result["environment"])
+        if of["commit"] == where["commit"] or row["network"] not in asked:
+            here = all(of[key] == where[key] for key in ("commit", "command"))
+            rows.append(row if here else {**row, "environment": of})
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -309,6 +321,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n" + json.dumps(measured(network, arguments.child[1], network.batch_size)))
         return 0
     names = arguments.network or ([name for name in QUICK if name in every] if arguments.quick else [*every, FAMILY])
+    if missing := [name for name in names if name in network_zoo.NAMES and name not in every]:
+        parser.error(f"--network {missing[0]!r} is torchvision's, which is not installed here")
     if unknown := [name for name in names if name not in (*every, FAMILY)]:
         parser.error(f"--network {unknown[0]!r} is not one of {', '.join((*every, FAMILY))}")
     if arguments.measure and not torch.cuda.is_available():
@@ -325,7 +339,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     where = environment("benchmarks.networks", [*flags, *selected])
     where["cpu_threads"] = arguments.jobs
     where["versions"]["torchvision"] = version("torchvision")
-    rows = kept(out, where)
+    rows = kept(out, where, names)
     known = {(row["network"], row["precision"]) for row in rows}
     todo = [(name, precision) for name in names for precision in PRECISIONS if (name, precision) not in known]
     order: Callable[[Sequence[dict[str, Any]]], Mapping[str, Any]] = summary

@@ -77,10 +77,21 @@ def speed(result: dict[str, Any]) -> str:
 
 
 def source(result: dict[str, Any]) -> str:
-    """Where a number is from."""
-    where = result["environment"]
+    """Where a number is from; and, where networks were kept from runs before, where those are."""
+    kept: dict[str, list[str]] = {}
+    rows = [*result["networks"], *result.get("largest_models", [])] if isinstance(result.get("networks"), list) else []
+    for row in rows:
+        names = kept.setdefault(_run(row["environment"]), []) if "environment" in row else []
+        if row["network"] not in names:
+            names.append(row["network"])
+    others = "".join(f"; {', '.join(names)}: {run}" for run, names in kept.items())
+    return f"\n\n{_run(result['environment'])}{others}"
+
+
+def _run(where: dict[str, Any]) -> str:
+    """Device, version, commit, day and command."""
     device = where["gpu"]["name"] if where["gpu"] else f"{where['cpu']}, {where['cpu_threads']} threads"
     return (
-        f"\n\n{device}, torch {where['versions']['torch']}, commit {where['commit'][:10]}, {where['date'][:10]}: "
+        f"{device}, torch {where['versions']['torch']}, commit {where['commit'][:10]}, {where['date'][:10]}: "
         f"`{where['command']}`"
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_kernels import FORMATS, OPTIONS, SIZES, fp32_of, slot_for
+from kernel_cases import FORMATS, OPTIONS, SIZES, fp32_of, slot_for
 from torch import Tensor, nn
 from training import Classifier, classification, fit, mlp
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import network_zoo, networks
+from benchmarks import network_zoo, networks, words
 from benchmarks.network_zoo import Network, gpt2
 from lightning_mpt.cli.estimate import estimate
 from lightning_mpt.profiler.estimate import Trial
@@ -114,6 +114,33 @@ def test_a_result_is_whole_and_goes_on_where_it_was_stopped(tmp_path: Path, monk
     assert (tmp_path / "networks.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_call_for_one_network_leaves_the_others_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also networks that this machine cannot build: their rows stay, and say at which commit they were made."""
+    monkeypatch.setattr(network_zoo, "networks", lambda: {"AlexNet": CONVNET})
+    monkeypatch.setattr(networks, "PRECISIONS", ("32-true", "16-true"))
+    monkeypatch.setattr(networks, "MEMORIES", {"24 GB": 10**8, "80 GB": 2 * 10**8, "140 GB": 4 * 10**8})
+    out = tmp_path / "networks.json"
+    arguments = ["--jobs", "1", "--out", str(out), "--network", "AlexNet"]
+    monkeypatch.setenv("LIGHTNING_MPT_COMMIT", "a" * 40)
+    assert networks.main(arguments) == 0
+    before = json.loads(out.read_text())
+    for row in before["networks"]:
+        row["network"] = "VGG-16"
+    networks.write_result(out, before)
+
+    monkeypatch.setenv("LIGHTNING_MPT_COMMIT", "b" * 40)
+    assert networks.main(arguments) == 0
+    after = json.loads(out.read_text())
+    assert [row["network"] for row in after["networks"]] == ["AlexNet", "AlexNet", "VGG-16", "VGG-16"]
+    stayed = after["networks"][2:]
+    assert stayed == [{**row, "environment": before["environment"]} for row in before["networks"]]
+    assert after["environment"]["commit"] == "b" * 40
+    said = words.source(after)
+    assert "commit bbbbbbbbbb" in said
+    assert "; VGG-16: " in said
+    assert "commit aaaaaaaaaa" in said
+
+
 def test_a_real_step_stands_beside_its_estimate() -> None:
     found = networks.measured(CONVNET, "32-true", 16, accelerator="cpu")
     guess = estimate(Trial(CONVNET.module, [CONVNET.batch()]), "32-true", device="cpu", batch_size=16)
@@ -130,3 +157,12 @@ def test_an_unknown_network_is_refused_by_name(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit):
         networks.main(["--network", "AlexNette"])
     assert "'AlexNette' is not one of" in capsys.readouterr().err
+
+
+def test_a_network_of_a_missing_library_names_the_library(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(network_zoo, "has_torchvision", lambda: False)
+    with pytest.raises(SystemExit):
+        networks.main(["--network", "AlexNet"])
+    assert "'AlexNet' is torchvision's, which is not installed here" in capsys.readouterr().err

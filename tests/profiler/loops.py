@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_mpt.profiler import MemoryRecorder, MemoryReport
+
 Loss = Callable[[nn.Module, torch.Generator], torch.Tensor]
 """From the module, and the generator of its data, the loss of one step."""
 
@@ -24,6 +26,15 @@ class Loop:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.item()
+
+
+def record(loop: Loop, *, steps: int = 2, warmup_steps: int = 1, **options) -> MemoryReport:
+    """The report of `steps` of a loop, after `warmup_steps`."""
+    with MemoryRecorder(loop.module, loop.optimizer, warmup_steps=warmup_steps, **options) as recorder:
+        for i in range(warmup_steps + steps):
+            loop.step(i)
+            recorder.step()
+    return recorder.report
 
 
 def mlp() -> Loop:

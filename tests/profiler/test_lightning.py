@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_mpt.profiler import Category, MemoryProfiler, MemoryReport
 
-from .test_recorder import hooks_on
+from .hooks import hooks_on
 
 
 class Classifier(L.LightningModule):

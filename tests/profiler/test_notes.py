@@ -5,8 +5,7 @@ import torch
 
 from lightning_mpt.profiler import Category, MemoryRecorder
 
-from .loops import blocks, mlp
-from .test_recorder import record
+from .loops import blocks, mlp, record
 
 
 def test_a_recording_ends_with_the_step_that_fills_it() -> None:

@@ -16,9 +16,9 @@ from lightning_mpt.profiler.ledger import replay
 from lightning_mpt.profiler.out_of_memory import failed_request_bytes, is_out_of_memory
 from lightning_mpt.profiler.recording import Claim, Event, Mark, Recording, Window
 
+from .hooks import assert_all_is_off, hooks_on
 from .limit import MemoryLimit
 from .test_lightning import Classifier, data, trainer
-from .test_recorder import assert_all_is_off, hooks_on
 
 WIDTH = 256
 PARAMETERS = 4 * (WIDTH * WIDTH + WIDTH)

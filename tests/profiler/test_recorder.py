@@ -1,45 +1,16 @@
-"""MemoryRecorder on real training loops, on CPU."""
+"""What MemoryRecorder finds on real training loops, on CPU."""
 
-import gc
 import itertools
 
 import pytest
 import torch
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_mpt.profiler import Category, MemoryRecorder, MemoryReport
 from lightning_mpt.profiler.ledger import replay
 from lightning_mpt.profiler.recording import Recording
 
-from .loops import LOOPS, Loop, blocks, gpt2, mlp
-
-
-def record(loop: Loop, *, steps: int = 2, warmup_steps: int = 1, **options) -> MemoryReport:
-    with MemoryRecorder(loop.module, loop.optimizer, warmup_steps=warmup_steps, **options) as recorder:
-        for i in range(warmup_steps + steps):
-            loop.step(i)
-            recorder.step()
-    return recorder.report
-
-
-def hooks_on(module: nn.Module) -> list[object]:
-    """Every hook that is on the module, its parameters, or autograd."""
-    on = [torch._C._autograd._top_saved_tensors_default_hooks(False)]
-    for child in module.modules():
-        on += [*child._forward_hooks.values(), *child._forward_pre_hooks.values(), *child._forward_hooks_with_kwargs]
-        on += [*child._forward_hooks_always_called, *child._backward_hooks.values()]
-    for parameter in module.parameters():
-        on += [*(parameter._backward_hooks or {}).values(), *(parameter._post_accumulate_grad_hooks or {}).values()]
-    return [hook for hook in on if hook is not None]
-
-
-def assert_all_is_off(module: nn.Module) -> None:
-    assert hooks_on(module) == []
-    assert not torch._C._autograd._profiler_enabled()
-
-
-# -- the figures --------------------------------------------------------------------------------------------------
+from .loops import LOOPS, blocks, gpt2, mlp, record
 
 
 @pytest.mark.parametrize("name", LOOPS)
@@ -235,177 +206,6 @@ def test_a_gradient_used_up_inside_backward_is_a_gradient(tmp_path) -> None:
     assert sorted(gradients) == sorted(parameter.nbytes for parameter in loop.module.parameters())
 
 
-# -- recording changes nothing ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", LOOPS)
-def test_recording_changes_no_result(name: str) -> None:
-    plain, recorded = LOOPS[name](), LOOPS[name]()
-    users = len(hooks_on(recorded.module))
-    torch.manual_seed(1)
-    losses = [plain.step(i) for i in range(4)]
-    torch.manual_seed(1)
-    with MemoryRecorder(recorded.module, recorded.optimizer, warmup_steps=1) as recorder:
-        again = []
-        for i in range(4):
-            again.append(recorded.step(i))
-            recorder.step()
-    assert again == losses
-    for a, b in zip(plain.module.parameters(), recorded.module.parameters(), strict=True):
-        assert torch.equal(a, b)
-    assert len(hooks_on(recorded.module)) == users
-    assert not torch._C._autograd._profiler_enabled()
-
-
-def test_saved_tensors_die_as_early_as_without_recording() -> None:
-    gc.disable()
-    try:
-        loop = mlp()
-        seen: list[StorageWeakRef] = []
-        with MemoryRecorder(loop.module, loop.optimizer) as recorder:
-            hidden = loop.module[:3](torch.randn(32, 64))
-            seen.append(StorageWeakRef(hidden.untyped_storage()))
-            loss = loop.module[3](hidden).tanh().exp().sum()  # exp and tanh save what they give
-            del hidden
-            loss.backward()
-            assert seen[0].expired()
-            recorder.step()
-    finally:
-        gc.enable()
-
-
-def test_a_changed_saved_tensor_is_still_an_error() -> None:
-    loop = mlp()
-    with MemoryRecorder(loop.module, loop.optimizer):
-        y = torch.randn(8, 64, requires_grad=True).exp()
-        y.mul_(2)
-        with pytest.raises(RuntimeError, match="modified by an inplace"):
-            y.sum().backward()
-
-
-def test_double_backward_through_recorded_tensors() -> None:
-    def penalty(loop: Loop) -> torch.Tensor:
-        x = torch.ones(8, 64, requires_grad=True)
-        (gradient,) = torch.autograd.grad(loop.module[0](x).tanh().sum(), x, create_graph=True)
-        gradient.square().sum().backward()
-        return loop.module[0].weight.grad
-
-    plain, loop = mlp(), mlp()
-    expected = penalty(plain)
-    with MemoryRecorder(loop.module, loop.optimizer) as recorder:
-        assert torch.equal(penalty(loop), expected)
-        recorder.step()
-    assert sum(recorder.report.categories.values()) == recorder.report.peak_bytes
-
-
-# -- on and off ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(params=["forward", "backward", "optimizer", "between"])
-def failing(request: pytest.FixtureRequest) -> Loop:
-    """A loop that fails somewhere in its step, or right after it."""
-    loop = blocks(reentrant=False)
-    if request.param == "forward":
-        loop.module.blocks[2].register_forward_hook(_fail)
-    elif request.param == "backward":
-        loop.module.blocks[2][2].weight.register_hook(_fail)
-    elif request.param == "optimizer":
-        loop.optimizer.register_step_pre_hook(_fail)
-    return loop
-
-
-def _fail(*_: object) -> None:
-    raise RuntimeError("the step fails")
-
-
-def test_an_exception_switches_everything_off(failing: Loop) -> None:
-    users = len(hooks_on(failing.module))
-    recorder = MemoryRecorder(failing.module, failing.optimizer)
-
-    def run() -> None:
-        with recorder:
-            failing.step(0)
-            _fail()
-
-    with pytest.raises(RuntimeError, match="the step fails"):
-        run()
-    assert len(hooks_on(failing.module)) == users
-    assert not torch._C._autograd._profiler_enabled()
-    with pytest.raises(RuntimeError, match="no memory report"):
-        _ = recorder.report
-
-
-def test_nothing_is_on_outside_the_recorded_steps() -> None:
-    loop = mlp()
-    on = []
-    with MemoryRecorder(loop.module, loop.optimizer, warmup_steps=2, steps=1) as recorder:
-        for i in range(5):
-            on.append((bool(hooks_on(loop.module)), torch._C._autograd._profiler_enabled()))
-            loop.step(i)
-            recorder.step()
-    # The last step of warming up is followed, so that what it leaves alive is known.
-    assert on == [(False, False), (True, True), (True, True), (False, False), (False, False)]
-    assert recorder.report.steps == 1
-
-
-def test_the_report_is_there_as_soon_as_the_steps_are_over() -> None:
-    loop = mlp()
-    with MemoryRecorder(loop.module, loop.optimizer, steps=1) as recorder:
-        with pytest.raises(RuntimeError, match="no memory report"):
-            _ = recorder.report
-        loop.step(0)
-        recorder.step()
-        assert recorder.report.steps == 1
-
-
-def test_a_recorder_can_be_used_again() -> None:
-    loop = mlp()
-    recorder = MemoryRecorder(loop.module, loop.optimizer, steps=1)
-    peaks = []
-    for _ in range(3):
-        with recorder:
-            loop.step(0)
-            recorder.step()
-        peaks.append(recorder.report.peak_bytes)
-    assert peaks[1] == peaks[2]
-
-
-def test_a_trace_replays_to_the_same_report(tmp_path) -> None:
-    loop = gpt2()
-    report = record(loop, save_trace=tmp_path / "deep" / "trace.json")
-    assert MemoryReport.from_trace(tmp_path / "deep" / "trace.json") == report
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"warmup_steps": -1}, "warmup_steps=-1"),
-        ({"steps": 0}, "steps=0"),
-        ({"steps": 1.5}, "steps=1.5"),
-        ({"max_events": 0}, "max_events=0"),
-    ],
-)
-def test_wrong_counts_are_refused(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        MemoryRecorder(nn.Linear(2, 2), **options)
-
-
-def test_a_second_recording_at_once_is_refused() -> None:
-    loop = mlp()
-    with (
-        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True),
-        pytest.raises(RuntimeError, match="recording already"),
-        MemoryRecorder(loop.module, loop.optimizer),
-    ):
-        pass
-    assert_all_is_off(loop.module)
-
-
-def test_a_device_that_tells_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="'meta' cannot be recorded"), MemoryRecorder(nn.Linear(2, 2, device="meta")):
-        pass
-
-
 @pytest.mark.parametrize("keep_output", [False, True], ids=["output-dropped", "output-kept"])
 def test_unattributed_is_what_the_loop_keeps(keep_output: bool) -> None:
     """Logits returned beside the loss have no owner while a variable keeps them; dropped, they are temporary."""
@@ -425,3 +225,9 @@ def test_unattributed_is_what_the_loop_keeps(keep_output: bool) -> None:
     logits = 4 * 128 * 256 * 4
     unattributed = report.categories[Category.UNATTRIBUTED]
     assert unattributed == pytest.approx(logits if keep_output else 0, abs=0.001 * report.peak_bytes)
+
+
+def test_a_trace_replays_to_the_same_report(tmp_path) -> None:
+    loop = gpt2()
+    report = record(loop, save_trace=tmp_path / "deep" / "trace.json")
+    assert MemoryReport.from_trace(tmp_path / "deep" / "trace.json") == report
