@@ -16,7 +16,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from benchmarks.common import SILENT, StepClock, Timing, cuda_clock, gpt_shapes, interleave
+from benchmarks.common import SILENT, Timing, cuda_clock, gpt_shapes, interleave
 from benchmarks.contenders import (
     UNDER_AUTOCAST,
     Step,
@@ -28,6 +28,7 @@ from benchmarks.contenders import (
     torch_adamw,
     total,
 )
+from benchmarks.step_clock import StepClock
 from examples.train_gpt import ByteText, GPTModule, quiet_lightning
 from lightning_mpt import PRESETS, MasterAdamW
 from lightning_mpt.precisions import trainer_arguments

@@ -26,9 +26,10 @@ from rich.table import Table
 from torch.utils.data import DataLoader, default_collate
 
 from benchmarks import network_zoo
-from benchmarks.common import MISSED, SILENT, StepClock, Timing, earlier, environment, result_path, slug, write_result
+from benchmarks.common import MISSED, SILENT, Timing, earlier, environment, result_path, slug, write_result
 from benchmarks.memory import build
 from benchmarks.recorded import Step
+from benchmarks.step_clock import StepClock
 from examples.train_gpt import multiplies_bf16, quiet_lightning
 from lightning_mpt.precisions import trainer_arguments
 

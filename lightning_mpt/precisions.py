@@ -7,7 +7,6 @@ a preset: `mpt-bf16-true:compact`.
 from difflib import get_close_matches
 from typing import Any
 
-from .precision import MasterWeightPrecision
 from .presets import PRESETS
 
 LIGHTNING = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true")
@@ -44,5 +43,7 @@ def trainer_arguments(name: str, **options: Any) -> dict[str, Any]:
                 f"{', '.join(options)} cannot be with precision {name!r}: these are for {', '.join(OURS)}."
             )
         return {"precision": name}
+    from .precision import MasterWeightPrecision  # here, since Lightning takes seconds to import
+
     precision, _, preset = name.removeprefix("mpt-").partition(":")
     return {"plugins": [MasterWeightPrecision(precision, **{**PRESETS[preset or "exact"], **options})]}  # type: ignore[arg-type]

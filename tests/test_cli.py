@@ -135,3 +135,18 @@ def test_a_command_is_needed(capsys: pytest.CaptureFixture) -> None:
 def test_the_module_runs(files: list[str]) -> None:
     command = [sys.executable, "-m", "lightning_mpt.cli", "report", files[0]]
     assert "peak" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_optimizer_profiler_and_reports_do_without_lightning(files: list[str]) -> None:
+    """It takes longer to import than all else together: who needs none of it need not wait for it."""
+    code = (
+        "import sys\n"
+        "from lightning_mpt import MasterAdamW, PRESETS, DynamicLossScale\n"
+        "from lightning_mpt.profiler import MemoryRecorder, MemoryReport\n"
+        "from lightning_mpt.cli import main\n"
+        "assert main(['report', *sys.argv[1:]]) == 0\n"
+        "assert not {'lightning', 'matplotlib', 'transformers'} & set(sys.modules)\n"
+        "from lightning_mpt import *\n"
+        "assert 'lightning' in sys.modules and MasterWeightPrecision.__module__ == 'lightning_mpt.precision'"
+    )
+    subprocess.run([sys.executable, "-c", code, *files, "--full"], check=True, stdout=subprocess.DEVNULL)

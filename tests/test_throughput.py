@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from benchmarks import numbers, throughput
-from benchmarks.common import MISSED, StepClock
+from benchmarks.common import MISSED
+from benchmarks.step_clock import StepClock
 from benchmarks.throughput import Contest, Network
 
 TINY = Network("gpt2", {"layers": 1, "width": 64, "vocab_size": 32, "seq_len": 8}, 2, rounds=2, steps=3, goal=1.0)

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..precisions import check_name
 from ..profiler.compare.run import Job, Row, base_of, run_job, to_json
-from .target_options import add_output, add_precisions, add_target, read_target
+from .target_options import CommandParser, add_output, add_precisions, add_target, read_target
 
 CHILD = [sys.executable, "-m", "lightning_mpt.cli.compare_child"]
 ON_CPU = ("32-true", "bf16-mixed", "bf16-true", "mpt-bf16-true", "mpt-bf16-true:compact")
@@ -21,9 +21,8 @@ INTERRUPTED = 130
 """The exit code of a command that Ctrl-C ended, as shells have it."""
 
 
-def add(commands: Any) -> None:
-    """Declare the command."""
-    parser = commands.add_parser("compare", help="train a network a few steps under several precisions, side by side")
+def declare(parser: CommandParser) -> None:
+    """Declare the command's arguments."""
     add_target(parser)
     add_precisions(parser, f"{', '.join(ON_CPU)} on CPU, {', '.join(ON_CUDA)} on a GPU")
     parser.add_argument("--steps", type=int, default=3, help="steps to count, after 2 to warm up (default: 3)")

@@ -18,18 +18,15 @@ from ..profiler.compare.class_path import TargetError
 from ..profiler.compare.run import FAILED, OK, Row, base_of, to_json
 from ..profiler.estimate import NEEDS_VALUES, EstimateError, PerRank, Trial, largest_batch, per_rank
 from .compare import ON_CPU, ON_CUDA
-from .target_options import add_output, add_precisions, add_target, read_target
+from .target_options import CommandParser, add_output, add_precisions, add_target, read_target
 
 FOR = {"cpu": ON_CPU, "cuda": ON_CUDA}
 ON_A_DEVICE = "run `lightning-mpt compare` on a device"
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
-def add(commands: Any) -> None:
-    """Declare the command."""
-    parser = commands.add_parser(
-        "estimate", help="tell what a network's training would need under several precisions, without a device"
-    )
+def declare(parser: CommandParser) -> None:
+    """Declare the command's arguments."""
     add_target(parser)
     add_precisions(parser, ", ".join(FOR["cuda"]))
     parser.add_argument(

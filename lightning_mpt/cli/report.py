@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ..profiler import MemoryReport
+from .target_options import CommandParser
 
 Writer = Callable[[Sequence[MemoryReport], Sequence[str], Path], None]
 
 
-def add(commands: Any) -> None:
-    """Declare the command."""
-    parser = commands.add_parser("report", help="print saved memory reports; two or more side by side with the saving")
+def declare(parser: CommandParser) -> None:
+    """Declare the command's arguments."""
     parser.add_argument("files", nargs="+", metavar="FILE", help="a memory_report.json; the first is the base")
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--json", action="store_true", help="print JSON instead of tables")
