@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,15 @@ def test_a_piece_that_fails_hangs_or_finds_no_time_leaves_the_others(
     assert (tmp_path / "out" / kept.name).read_text() == kept.read_text()
     for folder in ("fixtures", "out"):
         assert (tmp_path / folder / "cuda_trace.json").read_text() == "{}"
+
+
+@pytest.mark.slow
+def test_the_tests_that_need_a_gpu_are_found_and_skip_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    found = cuda.run_tests(120.0)
+    assert "error" not in found, found["output_tail"]
+    assert found["failed"] == []
+    assert re.fullmatch(r"\d+ skipped in .*", found["closing_line"])
 
 
 @pytest.fixture
