@@ -7,14 +7,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch import callbacks as lightning_callbacks
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from typing_extensions import override
 
 from .skips import SkippedSteps
-
-WeightAveraging: Any = getattr(lightning_callbacks, "WeightAveraging", ())
-"""Newer than the oldest Lightning that is served."""
 
 
 class LogMetrics(Callback):
