@@ -10,7 +10,7 @@ sorting them.
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 
 from .category import PRIORITY, Category
 from .recording import Claim, Event, Interval, Mark, Recording, Window
@@ -62,7 +62,7 @@ class Peak:
 
 @dataclass
 class Moment:
-    """What was live at `time_ns`, in phase `phase`."""
+    """What was live at `time_ns`, in phase `phase`, and until the next one."""
 
     time_ns: int
     phase: str
@@ -96,7 +96,7 @@ def replay(recording: Recording, timeline_points: int = 400) -> Ledger:
     Args:
         recording: what was seen. Events need not be sorted; of equal times the given order holds.
         timeline_points: into how many stretches of equal length the counted time is cut; of each, the highest moment
-            is kept, so the peak is always among them.
+            is kept, so the peak is always among them, and, where nothing happens in the next, the last one too.
 
     Where the recording ended because memory ran out, the peak is what was live then, and the phase that ran ends there:
     what was born in it and has no owner is a temporary, as far as can be known.
@@ -268,7 +268,9 @@ class _Sweep:
         self.phase = OUTSIDE
         self.peak = Peak()
         self.phases: dict[str, Peak] = {}
-        self.moments: dict[int, tuple[int, Moment]] = {}
+        self._highest: dict[int, tuple[int, Moment]] = {}
+        self._last: list[Moment] = []
+        self._seen_ns = self._stretch = 0
         self._start_ns, self._span_ns, self._points = start_ns, max(span_ns, 1), points
 
     def add(self, block: Block, sign: int) -> None:
@@ -276,14 +278,27 @@ class _Sweep:
         self.totals[block.category] += sign * block.requested_bytes
         self.totals[Category.ROUNDING] += sign * (block.bytes - block.requested_bytes)
 
+    def go_on(self, time_ns: int) -> None:
+        """Up to `time_ns` stays what was last observed: for longer than a stretch, and it is a moment of its own."""
+        if self._stretch_of(time_ns) > self._stretch + 1 and self.total != self._highest[self._stretch][0]:
+            self._last.append(Moment(self._seen_ns, self.phase, dict(self.totals)))
+
     def observe(self, event: int, time_ns: int) -> None:
+        """Take what is live after `event` into account."""
         for peak in (self.peak, self.phases.setdefault(self.phase, Peak())):
             if self.total > peak.bytes:
                 peak.bytes, peak.event, peak.categories = self.total, event, dict(self.totals)
-        bucket = (time_ns - self._start_ns) * self._points // self._span_ns
-        highest = self.moments.get(bucket)
+        self._seen_ns, self._stretch = time_ns, self._stretch_of(time_ns)
+        highest = self._highest.get(self._stretch)
         if highest is None or self.total > highest[0]:
-            self.moments[bucket] = (self.total, Moment(time_ns, self.phase, dict(self.totals)))
+            self._highest[self._stretch] = (self.total, Moment(time_ns, self.phase, dict(self.totals)))
+
+    def _stretch_of(self, time_ns: int) -> int:
+        return (time_ns - self._start_ns) * self._points // self._span_ns
+
+    def timeline(self) -> list[Moment]:
+        """The moments that are kept, in order of time."""
+        return sorted([moment for _, moment in self._highest.values()] + self._last, key=attrgetter("time_ns"))
 
 
 def _at_the_end(blocks: list[Block], events: int) -> Peak:
@@ -313,12 +328,16 @@ def _sweep(windows: list[Window], events: list[Event], phases: list[Mark], block
         while turn < len(turns) and turns[turn][0] <= time_ns:
             at_ns, step, name = turns[turn]
             turn += 1
+            if counted and sweep.phase != OUTSIDE:
+                sweep.go_on(at_ns)
             if step:
                 counted = step > 0
             else:
                 sweep.phase = name
             if counted and sweep.phase != OUTSIDE:
                 sweep.observe(index - 1, at_ns)
+        if counted and sweep.phase != OUTSIDE and index < len(events):
+            sweep.go_on(time_ns)
         while died < len(deaths) and deaths[died].freed <= index:
             sweep.add(deaths[died], -1)
             died += 1
@@ -327,7 +346,6 @@ def _sweep(windows: list[Window], events: list[Event], phases: list[Mark], block
             born += 1
         if counted and sweep.phase != OUTSIDE and index < len(events):
             sweep.observe(index, time_ns)
-    timeline = [moment for _, (_, moment) in sorted(sweep.moments.items())]
     order = {name: rank for rank, name in enumerate(PHASES)}
     by_phase = dict(sorted(sweep.phases.items(), key=lambda item: order.get(item[0], len(order))))
-    return Ledger(blocks, sweep.peak, by_phase, timeline)
+    return Ledger(blocks, sweep.peak, by_phase, sweep.timeline())

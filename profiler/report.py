@@ -36,7 +36,7 @@ class MemoryReport:
             `""` is the root. What has no place in a module (a gradient on its way through backward) is left out.
         tensors: the largest blocks at the peak, largest first.
         duplicates: values saved in two precisions.
-        timeline: the highest moments, in order of time.
+        timeline: the highest moments, in order of time; what is live at one stays about until the next.
         parameters: number of scalar parameters, tied ones once.
         steps: how many steps were counted.
         forwards: module path -> its forward passes: calls, time, size of the outputs.

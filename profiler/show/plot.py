@@ -39,7 +39,7 @@ def write_plot(reports: Sequence[MemoryReport], names: Sequence[str], path: str 
         figure.legend(
             handles[::-1], labels[::-1], loc="outside right upper", frameon=False, fontsize=9, labelcolor=_INK
         )
-    figure.savefig(path, facecolor="white")
+    figure.savefig(path, facecolor="white", format=Path(path).suffix[1:] or "png")
 
 
 def _draw(axes: Any, report: MemoryReport, name: str, categories: list[Any], unit: int, unit_name: str) -> None:
@@ -54,6 +54,7 @@ def _draw(axes: Any, report: MemoryReport, name: str, categories: list[Any], uni
             labels=[in_words(category) for category in categories],
             colors=[COLORS[category] for category in categories],
             linewidth=0,
+            step="post",  # what is live stays until the next event
         )
         axes.set_xlim(times[0], max(times[-1], times[0] + 1e-6))
         _mark_phases(axes, report)

@@ -1,11 +1,12 @@
 """A report's timeline as SVG: stacked areas of the categories, phases marked, and what is there under the pointer."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html import escape
 from itertools import pairwise
 
 from ..category import Category
+from ..figures import TimelinePoint
 from ..report import MemoryReport
 from .timeline import COLORS, phase_spans, used_categories
 from .words import format_bytes, in_words, spoken, unit_of
@@ -45,11 +46,10 @@ def timeline_svg(report: MemoryReport, highest_bytes: int) -> str:
     for category in used_categories(report):
         roof = [under + max(point.categories.get(category, 0), 0) for under, point in zip(floor, points, strict=True)]
         if roof != floor:
-            up = " ".join(f"{x(point.time_ns)},{y(size)}" for point, size in zip(points, roof, strict=True))
-            back = zip(reversed(points), reversed(floor), strict=True)
-            down = " ".join(f"{x(point.time_ns)},{y(size)}" for point, size in back)
+            outline = [*_stairs(points, roof), *reversed(_stairs(points, floor))]
+            corners = " ".join(f"{x(time_ns)},{y(size)}" for time_ns, size in outline)
             title = f"<title>{in_words(category)}</title>"
-            parts.append(f'<polygon points="{up} {down}" fill="{COLORS[category]}">{title}</polygon>')
+            parts.append(f'<polygon points="{corners}" fill="{COLORS[category]}">{title}</polygon>')
         floor = roof
     for phase in phase_spans(report):
         left, right = x(phase.start_ns), x(phase.end_ns)
@@ -62,12 +62,18 @@ def timeline_svg(report: MemoryReport, highest_bytes: int) -> str:
     return "".join(parts) + "</svg>"
 
 
+def _stairs(points: Sequence[TimelinePoint], sizes: Sequence[float]) -> list[tuple[int, float]]:
+    """Corners of a line that stays at a size until the next point."""
+    corners = [(points[0].time_ns, sizes[0])]
+    for (_, size), (point, after) in pairwise(zip(points, sizes, strict=True)):
+        corners += [(point.time_ns, size), (point.time_ns, after)]
+    return corners
+
+
 def _hover(report: MemoryReport, x: Callable[[int], float]) -> list[str]:
-    """A strip for every point, from half way to the one before to half way to the next, with its figures."""
+    """A strip for every point, up to the next, with its figures."""
     points = report.timeline
-    edges = [x(points[0].time_ns)]
-    edges += [(x(a.time_ns) + x(b.time_ns)) / 2 for a, b in pairwise(points)]
-    edges.append(float(_WIDTH))
+    edges = [*(x(point.time_ns) for point in points), float(_WIDTH)]
     strips = []
     for point, left, right in zip(points, edges[:-1], edges[1:], strict=True):
         sizes = sorted(((size, category) for category, size in point.categories.items() if size), reverse=True)

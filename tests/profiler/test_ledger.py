@@ -329,6 +329,16 @@ def test_only_counted_steps_have_peaks() -> None:
     assert [at.time_ns for at in ledger.timeline][-1] == 510
 
 
+def test_the_timeline_tells_what_stays_live_where_nothing_happens() -> None:
+    """Of a busy stretch the highest moment, and, where the next is idle, the last one: it is live all through that."""
+    history = recording(
+        events=[(100, 1, 64), (101, 2, 900), (102, 2, -900), (600, 3, 32), (601, 4, 8)],
+        windows=[Window(0, 1000, None)],
+    )
+    timeline = [(at.time_ns, sum(at.categories.values())) for at in replay(history, timeline_points=100).timeline]
+    assert timeline == [(0, 0), (101, 964), (102, 64), (601, 104)]
+
+
 def test_the_replay_of_nothing_is_nothing() -> None:
     ledger = replay(Recording("cpu", 0))
     assert (ledger.peak.bytes, ledger.phases, ledger.timeline) == (0, {}, [])

@@ -91,6 +91,12 @@ def test_a_report_with_hardly_a_timeline_is_drawn_too(points: list[tuple[int, st
     assert (tmp_path / "p.png").read_bytes().startswith(PNG)
 
 
+def test_a_plot_is_written_where_it_was_asked_for(tmp_path: Path) -> None:
+    write_plot([POINTS], ["a"], tmp_path / "no suffix")
+    assert [path.name for path in tmp_path.iterdir()] == ["no suffix"]
+    assert (tmp_path / "no suffix").read_bytes().startswith(PNG)
+
+
 def test_a_plot_without_matplotlib_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-mpt\[plots\]'"):
