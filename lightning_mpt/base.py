@@ -118,7 +118,9 @@ class MasterOptimizer(Optimizer):
 @cache
 def class_in_front(front: type[Any], adopted: type[Any]) -> type[Any]:
     """The class of an adopted optimizer, one for each of the user's. By its name LearningRateMonitor names metrics."""
-    return type(adopted.__name__, (front, adopted), {})
+    # Local by its qualified name too: else LightningCLI would find two classes for `--optimizer Adam`.
+    made_here = f"{class_in_front.__qualname__}.<locals>.{adopted.__name__}"
+    return type(adopted.__name__, (front, adopted), {"__qualname__": made_here})
 
 
 def refuse_sparse(gradient: Tensor | None) -> None:

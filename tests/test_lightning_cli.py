@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.cli import LightningCLI
-from training import Classifier, classification, loader
+from training import Classifier, classification, fit, loader, mlp
 
 from lightning_mpt import ConstantLossScale, DynamicLossScale, MasterWeightPrecision
 
@@ -105,3 +105,16 @@ def test_a_wrong_value_is_named(
     with pytest.raises((SystemExit, ValueError)) as error:
         trained(init_args, tmp_path, monkeypatch)
     assert said in capsys.readouterr().err + str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:.*configure_optimizers. will be overridden:UserWarning")
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
+def test_an_optimizer_keeps_its_short_name_after_a_run(
+    optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plugin puts a class of the same name in front of the optimizer's, which the command line must not find."""
+    kind = getattr(torch.optim, optimizer)
+    fit(Classifier(mlp(), lambda module: kind(module.parameters(), lr=0.1)), classification(2), MasterWeightPrecision())
+    cli = trained("{precision: 16-true}", tmp_path, monkeypatch, f"--optimizer={optimizer}", "--optimizer.lr=0.1")
+    assert isinstance(cli.trainer.optimizers[0], kind)
+    assert cli.trainer.global_step == 4
