@@ -27,15 +27,37 @@ class LogMetrics(Callback):
             pl_module.log(name, torch.tensor(float(value)), on_step=True, on_epoch=False, prog_bar=True, batch_size=1)
 
 
+def name_file(error: BaseException, file: Any) -> None:
+    """Say below an error's message, from Python 3.11 on, which file was being loaded, if any was."""
+    if file is not None and hasattr(error, "add_note"):
+        error.add_note(f"That is of the checkpoint {file}, from which training was to go on.")
+
+
 class ReloadMasters(Callback):
-    """Once the Trainer has loaded a file, `reload` is told which."""
+    """Once the Trainer has loaded a file, `reload` is told which. An error until then names the file."""
 
     def __init__(self, reload: Callable[[Any], None]) -> None:
         self._reload = reload
+        self._loaded = False
+
+    def attach(self, callbacks: list[Callback]) -> None:
+        """Join the Trainer's callbacks, before it loads what the optimizers were."""
+        self._loaded = False
+        callbacks.append(self)
+
+    @override
+    def on_sanity_check_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._loaded = True
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._loaded = True
         self._reload(trainer.ckpt_path)
+
+    @override
+    def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
+        if not self._loaded:
+            name_file(exception, trainer.ckpt_path)
 
 
 class AveragedMasters:

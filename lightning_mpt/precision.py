@@ -25,7 +25,7 @@ from typing_extensions import override
 
 from .base import Scan
 from .bridge import BridgedOptimizer, refuse_unfit
-from .callbacks import AveragedMasters, LogMetrics, ReloadMasters
+from .callbacks import AveragedMasters, LogMetrics, ReloadMasters, name_file
 from .loss_scale import ConstantLossScale, DynamicLossScale
 from .numerics import default_dtype
 from .optimizer import MasterAdamW
@@ -92,7 +92,7 @@ class MasterWeightPrecision(MasterWeightPipeline, Precision):
             )
         self._gradient_release = gradient_release
         self._release: GradientRelease | None = None
-        self._callbacks = [ReloadMasters(self._reload_masters), LogMetrics(self._skips)]
+        self._reload, self._metrics = ReloadMasters(self._reload_masters), LogMetrics(self._skips)
         self._averages = AveragedMasters()
         self._shows_true_gradients = False
         self._old_gradients_wanted = True
@@ -136,7 +136,11 @@ class MasterWeightPrecision(MasterWeightPipeline, Precision):
                 f"{strategy} keeps FP32 masters and scales the loss by itself: use precision='16-mixed' or "
                 "'bf16-mixed' with it, or this plugin with strategy='ddp' or ModelParallelStrategy (FSDP2)."
             )
-        self._convert(module)
+        try:
+            self._convert(module)
+        except ValueError as error:
+            name_file(error, getattr(getattr(module, "_trainer", None), "ckpt_path", None))
+            raise
         return module
 
     @override
@@ -168,7 +172,7 @@ class MasterWeightPrecision(MasterWeightPipeline, Precision):
         for converted in self._converted:
             trainer = getattr(converted.module, "_trainer", None)
             if trainer is not None:
-                trainer.callbacks[:] = [one for one in trainer.callbacks if one not in self._callbacks]
+                trainer.callbacks[:] = [one for one in trainer.callbacks if one not in (self._reload, self._metrics)]
         self._let_go()
 
     def _released(self, module: nn.Module) -> GradientRelease:
@@ -207,8 +211,9 @@ class MasterWeightPrecision(MasterWeightPipeline, Precision):
         callbacks: list[pl.Callback] = module.trainer.callbacks  # type: ignore[attr-defined]
         self._averages.attach(callbacks, converted.fp32_values)
         if self._adopted:
-            reload, metrics = self._callbacks
-            callbacks += [reload] if module.trainer.barebones else [reload, metrics]  # nothing is logged there
+            self._reload.attach(callbacks)
+            if not module.trainer.barebones:  # nothing is logged there
+                callbacks.append(self._metrics)
         self._old_gradients_wanted = _wants_old_gradients(module, callbacks)
         if module.automatic_optimization and self._release is None:  # there, the rest of a step is done
             for config in lr_schedulers:

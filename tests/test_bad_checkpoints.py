@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
@@ -23,12 +24,17 @@ def saved(path: Path, module: Classifier, plugin: MasterWeightPrecision | None =
     fit(module, classification(2), plugin or MasterWeightPrecision("16-true")).save_checkpoint(path)
 
 
-def refused(path: Path, error: Any, message: str | None, module: Classifier) -> dict[str, Any]:
-    """Resume from the file, which must fail as is said, and leave all well; the module's weights then."""
+def refused(path: Path, error: Any, message: str | None, module: Classifier, *, named: bool = False) -> dict[str, Any]:
+    """Resume from the file, which must fail as is said, and leave all well; the module's weights then.
+
+    `named`: it is the plugin that finds the fault, and so the error names the file.
+    """
     default, modes = torch.get_default_dtype(), torch._C._len_torch_function_stack()
     plugin = MasterWeightPrecision("16-true")
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as failed:
         trainer(plugin, max_epochs=2).fit(module, loader(classification(2)), ckpt_path=path, weights_only=True)
+    if named and sys.version_info >= (3, 11):
+        assert any(path.name in note for note in failed.value.__notes__)
     assert (torch.get_default_dtype(), torch._C._len_torch_function_stack()) == (default, modes)
     assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
     assert not any(part._state_dict_hooks or part._load_state_dict_pre_hooks for part in module.modules())
@@ -112,7 +118,8 @@ def test_a_damaged_one(tmp_path: Path, damage: Callable[[dict[str, Any]], Any], 
     module, fp32 = Classifier(mlp()), Classifier(mlp())
     with contextlib.suppress(RuntimeError):
         fp32.load_state_dict(entries["state_dict"])
-    assert_same(refused(path, error, message, module), fp32.state_dict())
+    weights = refused(path, error, message, module, named=error is ValueError)
+    assert_same(weights, fp32.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -139,10 +146,28 @@ def test_the_state_of_another_optimizer(tmp_path: Path, writes: Configure, reads
     path = tmp_path / "file.ckpt"
     saved(path, Classifier(mlp(), writes))
     weights = torch.load(path, weights_only=True)["state_dict"]
-    assert_same(refused(path, ValueError, message, Classifier(mlp(), reads)), weights)
+    assert_same(refused(path, ValueError, message, Classifier(mlp(), reads), named=True), weights)
 
 
 def test_another_model(tmp_path: Path) -> None:
     path = tmp_path / "file.ckpt"
     saved(path, Classifier(nn.Sequential(nn.Linear(16, 4))))
     refused(path, RuntimeError, r"Missing key\(s\).*net\.2\.weight", Classifier(mlp()))
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="errors take notes from Python 3.11 on")
+@pytest.mark.parametrize("hook", ["validation_step", "training_step"])
+def test_an_error_of_the_users_own_after_the_file_is_loaded_does_not_name_it(tmp_path: Path, hook: str) -> None:
+    path = tmp_path / "file.ckpt"
+    saved(path, Classifier(mlp()))
+    module = Classifier(mlp())
+
+    def fails(*_: Any) -> None:
+        raise ArithmeticError("the user's own")
+
+    setattr(module, hook, fails)
+    val = loader(classification(2)) if hook == "validation_step" else None
+    ours = trainer(MasterWeightPrecision("16-true"), max_epochs=2, num_sanity_val_steps=1, limit_val_batches=1)
+    with pytest.raises(ArithmeticError) as failed:
+        ours.fit(module, loader(classification(2)), val, ckpt_path=path, weights_only=True)
+    assert not any(path.name in note for note in getattr(failed.value, "__notes__", ()))
