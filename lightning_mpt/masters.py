@@ -1,10 +1,15 @@
 """The FP32 master weights of a set of parameters, however each is stored.
 
 One door: whoever reads a master or writes one does it here. A half weight that was written by anyone else (a loaded
-file, an average, a manual re-initialization) makes its master stale. That shows in the tensor's version, which counts
-in-place writes, and the master then starts again from the weight as it is. A write through `.data` is not counted: the
-split master is then the new weight plus an old correction of at most half a unit in its last place, and a plain FP32
-master overrules the write.
+file, an average, a clamp, a manual re-initialization) makes its master stale, and the master then starts again from the
+weight as it is, element by element, so that a write that changes nothing costs nothing:
+
+- A master that is stored in FP32 is stale where the weight is not its rounding. That is looked for whenever the master
+  is asked for.
+- A split one has no weight of its own to compare with. That somebody wrote shows in the tensor's version, which counts
+  in-place writes; the first time every element starts again, and from then on a copy of the weight (2 bytes a
+  parameter, of those that somebody writes) tells which elements to take. A write through `.data` is not counted: the
+  master is then the new weight plus an old correction of at most half a unit in its last place.
 """
 
 from collections.abc import Iterator
@@ -22,6 +27,8 @@ class _Entry(NamedTuple):
     storage: MasterStorage
     stored: Tensor
     version: int
+    seen: Tensor | None = None
+    """The half weight as it was when it was its master's rounding; None where nobody else has written to it yet."""
 
 
 class MasterWeights:
@@ -32,6 +39,8 @@ class MasterWeights:
 
     def __init__(self) -> None:
         self._entries: dict[Tensor, _Entry] = {}
+        self._shared: set[Tensor] = set()
+        """The parameters that somebody else writes to as well."""
 
     @torch.no_grad()
     def write(self, parameter: Tensor, value: Tensor, storage: MasterStorage | None = None) -> None:
@@ -62,7 +71,7 @@ class MasterWeights:
         if weight is not held:
             held.copy_(weight)
         written(parameter)
-        self._entries[parameter] = _Entry(storage, stored, parameter._version)
+        self._enter(parameter, storage, stored)
 
     @torch.no_grad()
     def claim(self, parameter: Tensor, storage: MasterStorage) -> Tensor:
@@ -74,7 +83,7 @@ class MasterWeights:
         if entry is None:
             held = local(parameter).detach()
             stored = storage.of_half(held)
-            self._entries[parameter] = _Entry(storage, stored, parameter._version)
+            self._enter(parameter, storage, stored)
             return stored
         if entry.storage.name != storage.name or entry.stored.device != parameter.device:
             self.write(parameter, self.read(parameter).to(parameter.device), storage)
@@ -93,6 +102,8 @@ class MasterWeights:
         """The parameter as it is now is its master's rounding: their owner has updated both."""
         written(parameter)
         entry = self._entries[parameter]
+        if entry.seen is not None:
+            entry.seen.copy_(local(parameter).detach())
         self._entries[parameter] = entry._replace(version=parameter._version)
 
     @torch.no_grad()
@@ -117,7 +128,7 @@ class MasterWeights:
         entry = self._current(parameter)
         if entry is None:
             return parameter.detach().float()
-        storage, stored, _ = entry
+        storage, stored = entry.storage, entry.stored
         if storage.dtype == torch.float32:
             return sharded_like(stored, parameter)
         # Teardown moves parameters to the host before it asks; the result is made where the parameter is.
@@ -134,37 +145,53 @@ class MasterWeights:
     def drop(self, parameter: Tensor) -> None:
         """Forget the parameter's master."""
         self._entries.pop(parameter, None)
+        self._shared.discard(parameter)
 
     def __contains__(self, parameter: Tensor) -> bool:
         return parameter in self._entries
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every parameter with the tensor that stores its master."""
-        return ((parameter, entry.stored) for parameter, entry in self._entries.items())
+        """Every parameter with each tensor that is kept for its master."""
+        for parameter, entry in self._entries.items():
+            yield parameter, entry.stored
+            if entry.seen is not None:
+                yield parameter, entry.seen
+
+    def _enter(self, parameter: Tensor, storage: MasterStorage, stored: Tensor) -> None:
+        """Keep `stored` for a parameter that is its rounding."""
+        split = storage.dtype != torch.float32
+        seen = local(parameter).detach().clone() if split and parameter in self._shared else None
+        self._entries[parameter] = _Entry(storage, stored, parameter._version, seen)
 
     def _current(self, parameter: Tensor) -> _Entry | None:
+        """The entry, after what somebody else wrote to the weight was taken over; None where all of it was."""
         entry = self._entries.get(parameter)
-        if entry is None or entry.version == parameter._version:
-            return entry
+        if entry is None:
+            return None
+        held = local(parameter).detach()
         if entry.storage.dtype == torch.float32:
-            # Some writes change nothing: cuDNN's flattening of RNN weights, a broadcast of equal weights.
-            half = torch.empty_like(entry.stored, dtype=parameter.dtype)
-            _round(entry.stored, half)
-            if torch.equal(half.to(parameter.device), local(parameter).detach()):
-                self.stepped(parameter)
-                return self._entries[parameter]
-        del self._entries[parameter]
-        return None
+            stored = ordered_like(entry.stored, dense(held))
+            _take_over(dense(held), stored)
+            self._entries[parameter] = entry._replace(stored=stored, version=parameter._version)
+        elif entry.version != parameter._version:
+            self._shared.add(parameter)
+            if entry.seen is None:
+                del self._entries[parameter]
+                return None
+            changed = held != entry.seen.to(held.device)
+            stored = torch.where(changed, entry.storage.of_half(held), entry.stored.to(held.device))
+            self._enter(parameter, entry.storage, stored)
+        return self._entries[parameter]
 
     def __getstate__(self) -> dict[str, Any]:
         current = [(parameter, self._current(parameter)) for parameter in list(self._entries)]
-        return {"entries": [(parameter, entry[:2]) for parameter, entry in current if entry is not None]}
+        entries = [(parameter, (entry.storage, entry.stored)) for parameter, entry in current if entry is not None]
+        return {"entries": entries, "shared": self._shared}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # A copied or unpickled parameter counts its versions anew.
-        self._entries = {
-            parameter: _Entry(storage, stored, parameter._version) for parameter, (storage, stored) in state["entries"]
-        }
+        self._entries, self._shared = {}, state["shared"]
+        for parameter, (storage, stored) in state["entries"]:
+            self._enter(parameter, storage, stored)  # a copied or unpickled parameter counts its versions anew
 
 
 def _round(value: Tensor, half: Tensor) -> None:
@@ -174,3 +201,15 @@ def _round(value: Tensor, half: Tensor) -> None:
     for part in pieces(value.numel(), length):
         piece = flat(value)[part]
         round_to_half(piece, flat(half)[part], scratch[: len(piece)])
+
+
+def _take_over(half: Tensor, master: Tensor) -> None:
+    """Make a dense float32 master the value of its half weight, in place, wherever the weight is not its rounding."""
+    length = piece_length([master])
+    scratch = torch.empty(length, dtype=torch.float32, device=master.device)
+    rounded = torch.empty(length, dtype=half.dtype, device=master.device)
+    for part in pieces(master.numel(), length):
+        piece = flat(master)[part]
+        now, then = flat(half)[part].to(master.device), rounded[: len(piece)]
+        round_to_half(piece, then, scratch[: len(piece)])
+        torch.where(now == then, piece, now.float(), out=piece)

@@ -152,6 +152,25 @@ def test_a_small_fp16_gradient_is_not_lost_when_it_is_unscaled(kernel: Kernel) -
     assert decoded(slot, "split").item() == pytest.approx(-1e-3, rel=1e-5)
 
 
+@pytest.mark.parametrize("storage_name", ["split", "split8"])
+def test_a_zero_that_was_written_into_a_weight_stays_a_number(kernel: Kernel, storage_name: str) -> None:
+    """Its old correction may be negative, and the bits below those of 0 are a NaN's."""
+    torch.manual_seed(0)
+    weight = torch.randn(300).bfloat16()
+    slot = slot_for(weight, storage_name, False)
+    for zeroed in (False, True):
+        if zeroed:
+            weight[::3] = 0.0
+            weight[1::3] = -0.0
+        slot.step.add_(1)
+        gradient = torch.randn(300).bfloat16()
+        kernel.adamw_([slot], [gradient], master_storage(storage_name), EXACT, GradientTransform(), lr=1e-2,
+                      betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1, decoupled=True, maximize=False)  # fmt: skip
+    found = decoded(slot, storage_name)
+    assert found.isfinite().all()
+    assert found[::3].abs().max() <= 0.02
+
+
 def test_many_parameters_at_once_are_as_one_by_one(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     """However they are packed: large ones in pieces, small ones together, of several types."""
     results = []

@@ -49,7 +49,7 @@ class SplitMasters:
     def decode(self, half: Tensor, stored: Tensor, out: Tensor, scratch: Tensor) -> Tensor:
         if half.dtype == torch.bfloat16:
             out.copy_(half)  # exactly the bits of the half weight, shifted up
-            out.view(torch.int32).add_(scratch.view(torch.int32).copy_(stored))
+            out.view(torch.int32).add_(correction_bits(half, stored, scratch))
             return out
         unit(half, UNIT_BITS, scratch)
         return out.copy_(stored).mul_(scratch).add_(half)
@@ -67,6 +67,16 @@ class SplitMasters:
         master.sub_(half).mul_(units_per(half, UNIT_BITS, scratch))
         # The limit matters only to a weight that left fp16's range: its half is inf, and stays so.
         stored.copy_(master.clamp_(-CORRECTION_LIMIT, CORRECTION_LIMIT))
+
+
+def correction_bits(half: Tensor, stored: Tensor, out: Tensor) -> Tensor:
+    """The stored corrections of bfloat16 numbers as they are, in `out` (as int32).
+
+    But where the weight is 0 and its correction negative: no master is below 0 in bits, so somebody else wrote that 0
+    (a mask, through `.data`), and bits below those of 0 are a NaN's. The correction is 0 there.
+    """
+    bits = out.view(torch.int32).copy_(stored)
+    return bits.masked_fill_(half.eq(0).logical_and_(stored.lt(0)), 0)
 
 
 def unit(half: Tensor, bits: int, out: Tensor) -> Tensor:

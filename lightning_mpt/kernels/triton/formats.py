@@ -42,7 +42,7 @@ def load_split(weight, master, start, offsets, mask, HALF: tl.constexpr, WHOLE: 
     half = load(weight, start, offsets, mask, tl.int16, WHOLE)
     correction = load(master, start, offsets, mask, tl.int16, WHOLE)
     if tl.bfloat16 == HALF:
-        return ((half.to(tl.int32) << 16) + correction.to(tl.int32)).to(tl.float32, bitcast=True)
+        return ((half.to(tl.int32) << 16) + _correction_bits(half, correction)).to(tl.float32, bitcast=True)
     return correction.to(tl.float32) * _unit(half, 15) + half.to(tl.float16, bitcast=True).to(tl.float32)
 
 
@@ -66,7 +66,7 @@ def load_split8(weight, master, start, offsets, mask, HALF: tl.constexpr, WHOLE:
     half = load(weight, start, offsets, mask, tl.int16, WHOLE)
     correction = load(master, start, offsets, mask, tl.int8, WHOLE)
     if tl.bfloat16 == HALF:
-        return ((half.to(tl.int32) << 16) + (correction.to(tl.int32) << 8)).to(tl.float32, bitcast=True)
+        return ((half.to(tl.int32) << 16) + (_correction_bits(half, correction) << 8)).to(tl.float32, bitcast=True)
     return correction.to(tl.float32) * _unit(half, 8) + half.to(tl.float16, bitcast=True).to(tl.float32)
 
 
@@ -84,6 +84,13 @@ def store_split8(value, weight, master, start, offsets, mask, bits, HALF: tl.con
         correction = tl.minimum(tl.maximum(units, -127.0), 127.0).to(tl.int8)
     _store_half(half, weight, start, offsets, mask, WHOLE)
     store(master, start, offsets, mask, correction, tl.int8, WHOLE)
+
+
+@triton.jit
+def _correction_bits(half, correction):
+    """Storage's `correction_bits`: 0 where a zero that somebody else wrote has a negative correction."""
+    written = ((half.to(tl.int32) & 0x7FFF) == 0) & (correction < 0)
+    return tl.where(written, 0, correction.to(tl.int32))
 
 
 @triton.jit
