@@ -288,15 +288,23 @@ class MasterWeightPipeline:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave. ValueError where something is missing."""
+        """Take over what `state_dict` gave. ValueError where something is missing, or is not what it should be."""
+        entry, remedy = type(self).__name__, "without the entry, training goes on with a new loss scale."
+        if not isinstance(state_dict, dict):
+            raise ValueError(
+                f"The checkpoint's entry {entry!r} is {state_dict!r}, and should be a dictionary: {remedy}"
+            )
         missing = [name for name in ("loss_scale", "skipped_steps") if name not in state_dict]
         if missing:
+            raise ValueError(f"The checkpoint's entry {entry!r} has {sorted(state_dict)} and lacks {missing}: {remedy}")
+        skipped = state_dict["skipped_steps"]
+        if not isinstance(skipped, int) or skipped < 0:
             raise ValueError(
-                f"The checkpoint's entry {type(self).__name__!r} has {sorted(state_dict)} and lacks {missing}: without "
-                "the entry, training goes on with a new loss scale."
+                f"The checkpoint's entry {entry!r} has skipped_steps={skipped!r}, and should have a number of steps: "
+                + remedy
             )
         self._load_scale(state_dict["loss_scale"])
-        self._skips.total = state_dict["skipped_steps"]
+        self._skips.total = skipped
         self._schedules.load_state_dict(state_dict.get("held_schedules", ()))
 
     def _load_scale(self, state_dict: dict[str, Any]) -> None:

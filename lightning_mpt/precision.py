@@ -130,10 +130,10 @@ class MasterWeightPrecision(MasterWeightPipeline, Precision):
                 "This MasterWeightPrecision is in use by another Trainer, and keeps that one's masters: "
                 "give every Trainer its own."
             )
-        strategy = type(getattr(getattr(module, "_trainer", None), "strategy", None)).__name__
-        if strategy in OWN_MASTERS:
+        strategy = type(getattr(getattr(module, "_trainer", None), "strategy", None))
+        if any(kind.__name__ in OWN_MASTERS for kind in strategy.__mro__):
             raise ValueError(
-                f"{strategy} keeps FP32 masters and scales the loss by itself: use precision='16-mixed' or "
+                f"{strategy.__name__} keeps FP32 masters and scales the loss by itself: use precision='16-mixed' or "
                 "'bf16-mixed' with it, or this plugin with strategy='ddp' or ModelParallelStrategy (FSDP2)."
             )
         try:

@@ -129,6 +129,11 @@ def checked_state(state: dict[str, Any], parameter: Tensor, saved_id: Any, *, am
                 f"The saved {name} of parameter {saved_id!r} has shape {tuple(state[name].shape)} and the parameter "
                 f"{tuple(parameter.shape)}: load the state of the same model."
             )
+        if name in state and local(state[name]).isnan().any():
+            raise ValueError(
+                f"The saved {name} of parameter {saved_id!r} holds NaN, which the first step would spread to the "
+                "weight: load an earlier checkpoint."
+            )
     return dict(state)
 
 

@@ -86,6 +86,18 @@ def other_moment(entries: dict[str, Any]) -> None:
     entries["optimizer_states"][0]["state"][0]["exp_avg"] = torch.zeros(3)
 
 
+def nan_moment(entries: dict[str, Any]) -> None:
+    entries["optimizer_states"][0]["state"][0]["exp_avg"][3, 3] = float("nan")
+
+
+def no_entry(entries: dict[str, Any]) -> None:
+    entries["MasterWeightPrecision"] = None
+
+
+def text_for_steps(entries: dict[str, Any]) -> None:
+    entries["MasterWeightPrecision"]["skipped_steps"] = "many"
+
+
 def no_scale(entries: dict[str, Any]) -> None:
     del entries["MasterWeightPrecision"]["loss_scale"]
 
@@ -103,10 +115,25 @@ def text_for_scale(entries: dict[str, Any]) -> None:
         (huge, ValueError, r"net\.2\.weight holds a weight of magnitude 70000, beyond the 65504.*use 'bf16-true'"),
         (lambda entries: entries.pop("optimizer_states"), KeyError, "contains only the model"),
         (other_moment, ValueError, r"exp_avg of parameter 0 has shape \(3,\) and the parameter \(64, 16\)"),
+        (nan_moment, ValueError, "exp_avg of parameter 0 holds NaN.*load an earlier checkpoint"),
+        (no_entry, ValueError, "'MasterWeightPrecision' is None, and should be a dictionary"),
+        (text_for_steps, ValueError, "skipped_steps='many', and should have a number of steps"),
         (no_scale, ValueError, r"'MasterWeightPrecision' has .*'skipped_steps'\] and lacks \['loss_scale'\]"),
         (text_for_scale, ValueError, "scale='high' must be a positive finite number"),
     ],
-    ids=["key", "shape", "nan", "range", "weights only", "moment", "no scale", "scale"],
+    ids=[
+        "key",
+        "shape",
+        "nan",
+        "range",
+        "weights only",
+        "moment",
+        "NaN moment",
+        "no entry",
+        "steps",
+        "no scale",
+        "scale",
+    ],
 )
 def test_a_damaged_one(tmp_path: Path, damage: Callable[[dict[str, Any]], Any], error: Any, message: str) -> None:
     """What was loaded before the fault was found stays, as with 32-true."""

@@ -59,13 +59,17 @@ def test_gradient_release_is_refused_with_the_reason(ranks: list[dict[str, Any]]
         assert "DistributedDataParallel" in rank["released"]
 
 
-def test_strategies_with_masters_of_their_own_are_refused_with_what_to_use() -> None:
+@pytest.mark.parametrize("derived", [False, True])
+def test_strategies_with_masters_of_their_own_are_refused_with_what_to_use(derived: bool) -> None:
     class DeepSpeedStrategy(SingleDeviceStrategy):  # the real one needs its package
         pass
 
     module = Classifier(mlp())
-    strategy = DeepSpeedStrategy(device=torch.device("cpu"))
-    with pytest.raises(ValueError, match=r"DeepSpeedStrategy keeps FP32 masters.*ModelParallelStrategy"):
+    class Tuned(DeepSpeedStrategy):
+        pass
+
+    strategy = (Tuned if derived else DeepSpeedStrategy)(device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"(DeepSpeedStrategy|Tuned) keeps FP32 masters.*ModelParallelStrategy"):
         trainer(MasterWeightPrecision("bf16-true"), strategy=strategy).fit(module, loader(classification(1)))
     with pytest.raises(TypeError, match=r"FSDPPrecision.*MasterWeightPrecision"):
         FSDPStrategy().precision_plugin = MasterWeightPrecision("bf16-true")
