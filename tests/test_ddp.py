@@ -65,6 +65,7 @@ def test_strategies_with_masters_of_their_own_are_refused_with_what_to_use(deriv
         pass
 
     module = Classifier(mlp())
+
     class Tuned(DeepSpeedStrategy):
         pass
 
