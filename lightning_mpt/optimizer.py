@@ -38,8 +38,10 @@ class MasterAdamW(MasterOptimizer, AdamW):
         weight_decay: decoupled weight decay, >= 0.
         amsgrad: divide by the largest second moment seen (Reddi et al., arXiv 1904.09237).
         maximize: ascend.
-        master_weights: `"split"`: 2 bytes beside each half weight, exact; `"float32"`: a plain copy, 4 bytes.
-        optimizer_state: how the moments are stored: `"float32"`.
+        master_weights: `"split"`: 2 bytes beside each half weight, exact; `"float32"`: a plain copy, 4 bytes;
+            `"split8"`: 1 byte, lossy.
+        optimizer_state: how the moments are stored: `"float32"`: 8 bytes for both; `"bfloat16"`: 4; `"8bit"`: just
+            over 2.
         masters: the FP32 start values, in parameter order. The half weights become their rounding. Without them a half
             parameter starts from its own value: hand over the FP32 weights that it was cast from.
 

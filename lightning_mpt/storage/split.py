@@ -18,6 +18,8 @@ is lost. Below, the unit is 2**-39 (a subnormal's ulp is 2**-24), and the master
 master is rounded to that grid *before* it is rounded to half, so that decoding and encoding again gives the same codes.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -49,8 +51,8 @@ class SplitMasters:
     def decode(self, half: Tensor, stored: Tensor, out: Tensor, scratch: Tensor) -> Tensor:
         if half.dtype == torch.bfloat16:
             out.copy_(half)  # exactly the bits of the half weight, shifted up
-            out.view(torch.int32).add_(correction_bits(half, stored, scratch))
-            return out
+            out.view(torch.int32).add_(scratch.view(torch.int32).copy_(stored))
+            return keep_written_zeros_(out, half)
         unit(half, UNIT_BITS, scratch)
         return out.copy_(stored).mul_(scratch).add_(half)
 
@@ -69,14 +71,15 @@ class SplitMasters:
         stored.copy_(master.clamp_(-CORRECTION_LIMIT, CORRECTION_LIMIT))
 
 
-def correction_bits(half: Tensor, stored: Tensor, out: Tensor) -> Tensor:
-    """The stored corrections of bfloat16 numbers as they are, in `out` (as int32).
+def keep_written_zeros_(master: Tensor, half: Tensor) -> Tensor:
+    """Make decoded masters of bfloat16 weights 0 where the weight is 0 and its correction was negative.
 
-    But where the weight is 0 and its correction negative: no master is below 0 in bits, so somebody else wrote that 0
-    (a mask, through `.data`), and bits below those of 0 are a NaN's. The correction is 0 there.
+    No master has such codes, so somebody else wrote that 0 (a mask, through `.data`): bits below its own are a NaN's.
     """
-    bits = out.view(torch.int32).copy_(stored)
-    return bits.masked_fill_(half.eq(0).logical_and_(stored.lt(0)), 0)
+    if not math.isfinite(master.sum()):  # to look for such zeros in every step would take longer than AdamW does
+        written = half.eq(0).logical_and_(master.isnan())
+        torch.where(written, half.float(), master, out=master)
+    return master
 
 
 def unit(half: Tensor, bits: int, out: Tensor) -> Tensor:

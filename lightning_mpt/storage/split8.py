@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .dither import uniform_
 from .masters import round_to_half, round_to_half_
-from .split import correction_bits, unit, units_per
+from .split import keep_written_zeros_, unit, units_per
 
 LIMIT = 127
 UNIT_BITS = 8
@@ -41,8 +41,8 @@ class Split8Masters:
     def decode(self, half: Tensor, stored: Tensor, out: Tensor, scratch: Tensor) -> Tensor:
         if half.dtype == torch.bfloat16:
             out.copy_(half)
-            out.view(torch.int32).add_(correction_bits(half, stored, scratch).bitwise_left_shift_(8))
-            return out
+            out.view(torch.int32).add_(scratch.view(torch.int32).copy_(stored).bitwise_left_shift_(8))
+            return keep_written_zeros_(out, half)
         unit(half, UNIT_BITS, scratch)
         return out.copy_(stored).mul_(scratch).add_(half)
 

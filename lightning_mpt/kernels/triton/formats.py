@@ -88,7 +88,7 @@ def store_split8(value, weight, master, start, offsets, mask, bits, HALF: tl.con
 
 @triton.jit
 def _correction_bits(half, correction):
-    """Storage's `correction_bits`: 0 where a zero that somebody else wrote has a negative correction."""
+    """Storage's `keep_written_zeros_`: 0 where a zero that somebody else wrote has a negative correction."""
     written = ((half.to(tl.int32) & 0x7FFF) == 0) & (correction < 0)
     return tl.where(written, 0, correction.to(tl.int32))
 
