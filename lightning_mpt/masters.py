@@ -168,6 +168,9 @@ class MasterWeights:
         entry = self._entries.get(parameter)
         if entry is None:
             return None
+        if entry.stored.is_inference() and not torch.is_inference_mode_enabled():  # loaded by `trainer.validate`
+            seen = None if entry.seen is None else entry.seen.clone()
+            entry = self._entries[parameter] = entry._replace(stored=entry.stored.clone(), seen=seen)
         held = local(parameter).detach()
         if entry.storage.dtype == torch.float32:
             stored = ordered_like(entry.stored, dense(held))

@@ -95,6 +95,19 @@ def test_zeros_written_through_data_are_zeros(storage: str) -> None:
 
 
 @pytest.mark.parametrize("storage", ["split", "float32"])
+def test_masters_that_were_made_in_inference_mode_can_be_used_outside(storage: str) -> None:
+    """As a checkpoint does that `trainer.validate` has loaded."""
+    parameter, value = weight_and_value()
+    masters = MasterWeights()
+    with torch.inference_mode():
+        masters.write(parameter, value.clone(), master_storage(storage))
+    assert torch.equal(masters.read(parameter), value)
+    masters.claim(parameter, master_storage(storage)).add_(0)
+    masters.stepped(parameter)
+    assert torch.equal(masters.read(parameter), value)
+
+
+@pytest.mark.parametrize("storage", ["split", "float32"])
 def test_a_copy_has_masters_of_its_own(storage: str) -> None:
     parameter, value = weight_and_value()
     masters = MasterWeights()
