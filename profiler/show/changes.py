@@ -16,7 +16,10 @@ from .tree import Node, module_tree, subtree_bytes
 from .words import format_bytes
 
 _HALF_BYTES = 2
-_RELEASE = "each gradient used and freed within backward: no dynamic loss scale, clipping by norm or accumulation"
+_RELEASE = (
+    "each gradient used and freed within backward (for one optimizer that the Trainer steps, on one device, without "
+    "accumulation, clipping by norm or a dynamic loss scale)"
+)
 _ADAM = ("adam", "adamw", "masteradamw")
 _NOT_COMPUTING = ("clip", "optimizer_step")
 """Phases in which nothing depends on the batch."""
@@ -155,8 +158,9 @@ def _formats(report: MemoryReport) -> list[Option]:
     held = (Category.WEIGHTS, Category.MASTER_WEIGHTS, Category.GRADIENTS, Category.OPTIMIZER_STATE)
     now = sum(most[category] for category in held) / report.parameters
     activations = _fp32_share(report) if weight_bytes == 4 else 0.0
-    # By norm, clipping needs every gradient first; by value it does not, and a report does not tell which it was.
-    may_release = "clip" not in report.phases
+    # By norm, clipping needs every gradient first; by value it does not, and a report does not tell which it was. Nor
+    # does it tell of accumulation and of other devices, so the words do.
+    may_release = "clip" not in report.phases and len(report.optimizers) == 1
     options = []
     for form in _FORMATS:
         if not form.gradients_kept and not may_release:

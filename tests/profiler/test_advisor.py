@@ -182,6 +182,17 @@ def test_a_run_that_clips_is_not_told_to_release_gradients() -> None:
     assert "8-bit moments;" in said(clipping)
 
 
+@pytest.mark.parametrize("optimizers", [("AdamW", "AdamW"), ("AdamW", "Adam"), ()])
+def test_gradients_are_released_for_a_single_optimizer_only(optimizers: tuple[str, ...]) -> None:
+    report = transformer(12, weight_bytes=2, activations=MIB // 10)
+    alone = find(advise(report), "(..., gradient_release=True)")
+    for condition in ("one optimizer that the Trainer steps", "one device", "without accumulation", "clipping by norm"):
+        assert condition in alone.text
+    others = said(dataclasses.replace(report, optimizers=optimizers))
+    assert "gradient_release" not in others
+    assert "8-bit moments;" in others
+
+
 def test_formats_are_measured_by_what_is_kept_now() -> None:
     report = transformer(12, weight_bytes=2, activations=MIB // 10)
     compact = find(advise(report), "8-bit moments;")
