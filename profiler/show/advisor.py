@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ..category import Category
 from ..report import MemoryReport
 from .changes import Option, Phases, named, options_for, phases_of, smaller_batch
+from .timeline import last_phase
 from .tree import module_tree
 from .words import format_bytes, format_share
 
@@ -29,7 +30,8 @@ def advise(report: MemoryReport, failed_bytes: int | None = None) -> tuple[Advic
 
     Args:
         report: of whole training steps; or of the moment at which memory ran out.
-        failed_bytes: the request that could not be met. What would make room for it then comes first.
+        failed_bytes: the request that could not be met. What would make room for it then comes first, and of every
+            kind of change one before a second: few lines are shown, and three formats would be one idea.
 
     Returns:
         First what holds the peak; then what to do, most helpful first: the largest saving, where what costs neither
@@ -52,6 +54,7 @@ def advise(report: MemoryReport, failed_bytes: int | None = None) -> tuple[Advic
     else:
         fits = failed_bytes
         weighed.sort(key=lambda item: (0, item[0].cost, -item[1]) if item[1] >= fits else (1, 0, -item[1]))
+        weighed = _one_of_each_first(weighed)
     lines = [Advice(_what_holds(report, before, failed_bytes), None)]
     for option, saved in weighed:
         after_bytes, phase = _highest(option.change(before))
@@ -67,8 +70,7 @@ def advise(report: MemoryReport, failed_bytes: int | None = None) -> tuple[Advic
 
 def _moment(report: MemoryReport) -> Phases:
     """The peak alone, where that is the moment at which memory ran out: lowering any other makes no room there."""
-    phase = next((name for name, phase in report.phases.items() if phase.peak_bytes == report.peak_bytes), "")
-    return {phase: report.categories}
+    return {last_phase(report): report.categories}
 
 
 def _highest(phases: Phases) -> tuple[int, str]:
@@ -88,6 +90,18 @@ def _worth_it(weighed: list[tuple[Option, int]], least_bytes: float) -> list[tup
         if saved >= least_bytes and saved - milder >= least_bytes:
             kept.append((option, saved))
     return kept
+
+
+def _one_of_each_first(weighed: list[tuple[Option, int]]) -> list[tuple[Option, int]]:
+    """The first of every kind of change, then the others, both in the order that they have."""
+    seen: set[str] = set()
+    first: list[tuple[Option, int]] = []
+    others: list[tuple[Option, int]] = []
+    for item in weighed:
+        kind = item[0].family.partition(" ")[0]
+        (others if kind in seen else first).append(item)
+        seen.add(kind)
+    return first + others
 
 
 def _together(weighed: list[tuple[Option, int]], before: Phases) -> tuple[Option, int] | None:
@@ -121,7 +135,7 @@ def _what_holds(report: MemoryReport, before: Phases, failed_bytes: int | None) 
     ]
     where = f" in {phase.replace('_', ' ')}" if phase else ""
     if failed_bytes is not None:
-        text = f"{format_bytes(failed_bytes)} more were asked for{where}, with {format_bytes(report.peak_bytes)} in use"
+        text = f"{format_bytes(failed_bytes)} more was asked for{where}, with {format_bytes(report.peak_bytes)} in use"
     else:
         text = f"The peak, {format_bytes(report.peak_bytes)}, is reached{where}"
     text += f": {', '.join(parts)}." if parts else "."
