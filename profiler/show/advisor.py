@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..category import Category
 from ..report import MemoryReport
-from .changes import Option, Phases, named, options_for, phases_of, smaller_batch
+from .changes import Option, Phases, held_by_the_loop, named, options_for, phases_of, smaller_batch
 from .timeline import last_phase
 from .tree import module_tree
 from .words import format_bytes, format_share
@@ -148,6 +148,16 @@ def _what_holds(report: MemoryReport, before: Phases, failed_bytes: int | None) 
     if block is not None and (size := block.total.get(largest, 0)) >= 0.5 * categories[0][1]:
         share = format_share(size, report.categories.get(largest, 0))
         text += f" Of the {largest.value.replace('_', ' ')}, {share} are in {named(block)}."
+    unattributed = before[phase].get(Category.UNATTRIBUTED, 0)
+    if unattributed >= LEAST_SHARE * peak_bytes:
+        held_bytes, place = held_by_the_loop(report)
+        text += f" Unattributed, {format_share(unattributed, peak_bytes)}, has no owner that could be seen"
+        if held_bytes:
+            text += (
+                f": {format_bytes(held_bytes)} of it were born in forward, most in {place}, and are not kept for "
+                "backward, as outputs are that the loop holds"
+            )
+        text += "."
     return text
 
 

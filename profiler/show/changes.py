@@ -3,7 +3,7 @@
 - checkpointing repeated blocks: of each, what is saved for backward goes, but for its output (the next one's input);
   one block is there at a time, while backward computes it again;
 - the storage of the model's state by lightning-mpt, and half precision itself where weights are FP32;
-- waste: FP32 activations in a half-precision run, values kept in two precisions;
+- waste: FP32 activations in a half-precision run, values kept in two precisions, outputs that the loop holds;
 - where memory ran out, a smaller batch.
 """
 
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 from ..category import Category
+from ..ledger import FORWARD
 from ..report import MemoryReport
 from .tree import Node, module_tree, subtree_bytes
 from .words import format_bytes
@@ -40,7 +41,7 @@ class Option(NamedTuple):
 
 def options_for(report: MemoryReport) -> list[Option]:
     """Every change that this report gives reason for."""
-    return [*_checkpointing(report), *_formats(report), *_waste(report)]
+    return [*_checkpointing(report), *_formats(report), *_waste(report), *_holding(report)]
 
 
 def phases_of(report: MemoryReport) -> Phases:
@@ -247,6 +248,33 @@ def _most(report: MemoryReport, sizes: Mapping[str, int]) -> str:
     nodes = [(sum(sizes.get(path, 0) for path in node.paths), node) for node in module_tree(report).walk()]
     size, node = max(nodes, key=lambda item: item[0])
     return (named(node) if size else max(sizes, key=lambda path: sizes[path])) or "the root module"
+
+
+def held_by_the_loop(report: MemoryReport) -> tuple[int, str]:
+    """What the forward pass gave, no one owns and autograd does not need: bytes, and the module most of it is from."""
+    held: dict[str, int] = {}
+    for tensor in report.tensors:
+        if tensor.category is Category.UNATTRIBUTED and tensor.phase == FORWARD:
+            held[tensor.module or ""] = held.get(tensor.module or "", 0) + tensor.bytes
+    return sum(held.values()), _most(report, held) if held else ""
+
+
+def _holding(report: MemoryReport) -> list[Option]:
+    held_bytes, place = held_by_the_loop(report)
+    if not held_bytes:
+        return []
+
+    def change(phases: Phases) -> dict[str, dict[Category, int]]:
+        after = {name: dict(categories) for name, categories in phases.items()}
+        for name in after.keys() - {FORWARD}:  # until its end the loss may need them
+            after[name][Category.UNATTRIBUTED] = max(0, after[name].get(Category.UNATTRIBUTED, 0) - held_bytes)
+        return after
+
+    text = (
+        f"Let go of {format_bytes(held_bytes)} of outputs, most of them of {place}, before backward: the loop holds "
+        "them, in a variable or in the dictionary that training_step returns, and autograd does not need them."
+    )
+    return [Option(text, change, 0, "holding")]
 
 
 def smaller_batch(report: MemoryReport) -> list[Option]:

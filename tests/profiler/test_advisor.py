@@ -13,7 +13,15 @@ from reports import MIB, transformer
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mpt import MasterWeightPrecision
-from lightning_mpt.profiler import Category, Duplicate, MemoryProfiler, MemoryReport, ModuleForward, TimelinePoint
+from lightning_mpt.profiler import (
+    Category,
+    Duplicate,
+    MemoryProfiler,
+    MemoryRecorder,
+    MemoryReport,
+    ModuleForward,
+    TimelinePoint,
+)
 from lightning_mpt.profiler.recording import Recording
 from lightning_mpt.profiler.show.advisor import Advice, advise
 
@@ -245,6 +253,32 @@ def test_duplicates_are_worth_their_smaller_copies() -> None:
     advice = find(advise(transformer(duplicates=doubles)), "two precisions")
     assert advice.saves_bytes == pytest.approx(24 * MIB, rel=1e-6)
     assert "net.h.*.attn" in advice.text
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_outputs_that_the_loop_holds_are_told_of(kept: bool) -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.Linear(64, 2000))
+    optimizer = torch.optim.AdamW(network.parameters())
+    with MemoryRecorder(network, optimizer, warmup_steps=1, steps=1) as recorder:
+        for _ in range(2):
+            logits = network(torch.randn(256, 8))
+            loss = torch.nn.functional.cross_entropy(logits, torch.zeros(256, dtype=torch.long))
+            if not kept:
+                del logits
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            recorder.step()
+    report, size = recorder.report, 256 * 2000 * 4
+    if kept:
+        assert report.categories[Category.UNATTRIBUTED] == pytest.approx(size, rel=0.01)
+        assert "1.95 MiB of it were born in forward, most in 1, and are not kept for backward" in advise(report)[0].text
+        advice = find(advise(report), "Let go of 1.95 MiB of outputs, most of them of 1, before backward")
+        assert advice.saves_bytes == pytest.approx(size, rel=0.01)
+    else:
+        assert report.categories[Category.UNATTRIBUTED] < 0.01 * report.peak_bytes
+        assert "nattributed" not in said(report)
+        assert "Let go" not in said(report)
 
 
 def test_nothing_that_saves_less_than_a_hundredth_is_said() -> None:
