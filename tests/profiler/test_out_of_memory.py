@@ -87,7 +87,7 @@ def test_a_recorder_shows_what_was_live(phase: str, capsys: Any) -> None:
     assert (
         printed.err.replace("\n", " ").count("2.50 GiB more was asked for in") == 1
     )  # the advice is on this very request
-    with pytest.raises(RuntimeError, match="no memory report: .*OutOfMemoryError.*`out_of_memory_report`"):
+    with pytest.raises(RuntimeError, match=r"no memory report: .*OutOfMemoryError.*`out_of_memory_report`"):
         _ = recorder.report
     assert_all_is_off(module)
 
