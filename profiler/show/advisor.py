@@ -154,8 +154,8 @@ def _what_holds(report: MemoryReport, before: Phases, failed_bytes: int | None) 
         text += f" Unattributed, {format_share(unattributed, peak_bytes)}, has no owner that could be seen"
         if held_bytes:
             text += (
-                f": {format_bytes(held_bytes)} of it were born in forward, most in {place}, and are not kept for "
-                "backward, as outputs are that the loop holds"
+                f": {format_bytes(held_bytes)} of it were born in forward, most in {place}, and are kept by something "
+                "other than autograd, as a variable of the loop keeps an output"
             )
         text += "."
     return text

@@ -251,7 +251,10 @@ def _most(report: MemoryReport, sizes: Mapping[str, int]) -> str:
 
 
 def held_by_the_loop(report: MemoryReport) -> tuple[int, str]:
-    """What the forward pass gave, no one owns and autograd does not need: bytes, and the module most of it is from."""
+    """What was born in forward, is kept, and has no owner: bytes, and the module most of it is from.
+
+    Outputs that the loop keeps are; so are small states, such as that of the random numbers in a checkpoint.
+    """
     held: dict[str, int] = {}
     for tensor in report.tensors:
         if tensor.category is Category.UNATTRIBUTED and tensor.phase == FORWARD:
@@ -271,8 +274,8 @@ def _holding(report: MemoryReport) -> list[Option]:
         return after
 
     text = (
-        f"Let go of {format_bytes(held_bytes)} of outputs, most of them of {place}, before backward: the loop holds "
-        "them, in a variable or in the dictionary that training_step returns, and autograd does not need them."
+        f"Look for what keeps {format_bytes(held_bytes)} through backward, most of it from {place}, that autograd does "
+        "not need: an output in a variable, say, or in the dictionary that training_step returns. Let go of it before."
     )
     return [Option(text, change, 0, "holding")]
 
