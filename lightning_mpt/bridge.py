@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer, SparseAdam
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .base import MasterOptimizer, class_in_front
 from .kernels.gradients import true_gradient
@@ -76,8 +76,13 @@ class BridgedOptimizer(MasterOptimizer):
     def memory_categories(self) -> Iterator[tuple[str, Tensor, Tensor | None]]:
         yield from super().memory_categories()
         for parameter, master in self._masters_of.items():
-            if master.grad is not None and master is not parameter:
+            if master is parameter:
+                continue
+            if master.grad is not None:
                 yield "gradients", master.grad, parameter
+            for value in tree_leaves(self.state.get(master)):
+                if isinstance(value, Tensor):
+                    yield "optimizer_state", value, parameter
 
     def release(self) -> None:
         """Be the optimizer again that was adopted; its state belongs to the module's parameters."""

@@ -98,8 +98,8 @@ def replay(recording: Recording, timeline_points: int = 400) -> Ledger:
         timeline_points: into how many stretches of equal length the counted time is cut; of each, the highest moment
             is kept, so the peak is always among them, and, where nothing happens in the next, the last one too.
 
-    Where the recording ended because memory ran out, the peak is what was live then, and the phase that ran ends there:
-    what was born in it and has no owner is a temporary, as far as can be known.
+    Where the recording ended because memory ran out, the peak is what was live then, which ends the timeline; and the
+    phase that ran ends there: what was born in it and has no owner is a temporary, as far as can be known.
     """
     older_frees = [Event(gone.time_ns, gone.address, 0, _OLDER_ONLY) for gone in recording.gone]
     events = sorted([*recording.events, *older_frees], key=itemgetter(0))
@@ -119,6 +119,8 @@ def replay(recording: Recording, timeline_points: int = 400) -> Ledger:
     ledger = _sweep(recording.windows, events, phases, blocks, timeline_points)
     if failed_ns is not None:
         ledger.peak = _at_the_end(blocks, len(events))
+        if phases:
+            ledger.timeline.append(Moment(failed_ns, phases[-1].name or OUTSIDE, dict(ledger.peak.categories)))
     ledger.phase_names = [mark.name or OUTSIDE for mark in phases]
     return ledger
 

@@ -16,13 +16,15 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
 from .collect.schedule import Schedule
-from .collect.session import Session, made_path
+from .collect.session import Session
 from .collect.sources import MAX_EVENTS, Source
+from .files import keep, made_path
 from .ledger import BACKWARD, CLIP, OPTIMIZER_STEP
 from .out_of_memory import explain, is_out_of_memory
 from .ranks import worst
 from .recorder import check_bounds
 from .report import MemoryReport
+from .show.words import count_of
 
 _FETCH = ".train_dataloader_next"
 _BATCH = "run_training_batch"
@@ -41,7 +43,8 @@ class MemoryProfiler(Profiler):
 
     Args:
         dirpath: folder for the report; by default the logger's, else the Trainer's `default_root_dir`.
-        filename: its name without `.json`; by default `memory_report`. Processes of a rank above 0 add `-RANK`.
+        filename: its name, with or without `.json`; by default `memory_report`. Processes of a rank above 0 add
+            `-RANK`.
         warmup_steps: batches to let pass first, so that optimizer state and library workspaces exist.
         steps: how many batches to record. Before and after them nothing is on, and nothing is slower.
         max_events: stop recording at the end of the step in which so many events and owners were noted; the report says
@@ -82,6 +85,7 @@ class MemoryProfiler(Profiler):
         self._schedule: Schedule | None = None  # during fit, until the report is there
         self._report: MemoryReport | None = None
         self._source: Source | None = None  # the device's own
+        self._log_dir: str | None = None  # the Trainer's, in this fit
         self._callback = _BatchWitness(self)
         self._joined: list[pl.Callback] = []  # the Trainer's callbacks, while ours is among them
         self.out_of_memory_report: MemoryReport | None = None
@@ -102,7 +106,9 @@ class MemoryProfiler(Profiler):
 
     @override
     def setup(self, stage: str, local_rank: int | None = None, log_dir: str | None = None) -> None:
-        super().setup(stage, local_rank, log_dir)
+        # Without the folder: Lightning would take it for the user's, and a later Trainer's files would go there.
+        super().setup(stage, local_rank)
+        self._log_dir = log_dir
         if stage == "fit":
             self._abort()
             self._report, self.out_of_memory_report, self._printed = None, None, False
@@ -127,8 +133,9 @@ class MemoryProfiler(Profiler):
         elif action_name.endswith(_VALIDATION):
             # A validation epoch can be long, and every event of it would be kept. What was counted is enough; where
             # nothing has, the next training step begins anew.
-            if self._schedule.session.counted_steps:
-                self._finish()
+            counted = self._schedule.session.counted_steps
+            if counted:
+                self._finish(f"Validation ended the recording after {counted} of {count_of(self.steps, 'step')}.")
             else:
                 self._switch_off()
         elif action_name.endswith(_END):
@@ -163,13 +170,13 @@ class MemoryProfiler(Profiler):
         if not self._printed and self._stage == "fit":
             self._printed = True
             self._finish()
-            if self._report is not None:
-                self._report.save(made_path(self._report_path()))
-            rank, report = worst(self._report)
+            rank, report = worst(self._report)  # first: the other processes wait for it
             if report is not None and self._trainer().is_global_zero:
                 if self._trainer().world_size > 1:
                     print(f"Of {self._trainer().world_size} processes, that of rank {rank} has the highest peak:")
                 report.print()
+            if self._report is not None:
+                keep("The memory report", self._report.save, self._report_path())
         self.teardown(self._stage)
 
     @override
@@ -211,17 +218,18 @@ class MemoryProfiler(Profiler):
         trainer = self._trainer()
         return bool(trainer.gradient_clip_val) or is_overridden("configure_gradient_clipping", trainer.lightning_module)
 
-    def _finish(self) -> None:
+    def _finish(self, *notes: str) -> None:
         """Stop recording and make the report of the steps counted so far, if there are any."""
         schedule, self._schedule = self._schedule, None
         self._remove_callback()
         recording = schedule.finish() if schedule is not None else None
         if recording is None:
             return
-        if self.save_trace is not None:
-            recording.save(made_path(self._of_rank(self.save_trace)))
+        recording.notes += notes
         self._report = MemoryReport.from_recording(recording)
         self._log(self._report)
+        if self.save_trace is not None:
+            keep("The trace", recording.save, self._of_rank(self.save_trace))
 
     def _log(self, report: MemoryReport) -> None:
         """The peak and what it is made of, to the Trainer's loggers."""
@@ -240,7 +248,7 @@ class MemoryProfiler(Profiler):
             self._ran_out = True  # the exception passes through further actions
             self.out_of_memory_report = report = explain(error, lambda: session or self._make_session())
             if report is not None:
-                with suppress(OSError):
+                with suppress(OSError):  # nothing may get in the way of the exception, not even a warning
                     report.save(made_path(self._report_path("_out_of_memory")))
         if session is not None:
             self._abort()
@@ -266,8 +274,9 @@ class MemoryProfiler(Profiler):
             joined.remove(self._callback)
 
     def _report_path(self, kind: str = "") -> Path:
-        folder = self.dirpath or self._trainer().default_root_dir
-        return self._of_rank(Path(folder) / f"{self.filename or 'memory_report'}{kind}.json")
+        folder = self.dirpath or self._log_dir or self._trainer().default_root_dir
+        name = (self.filename or "memory_report").removesuffix(".json")
+        return self._of_rank(Path(folder) / f"{name}{kind}.json")
 
     def _of_rank(self, path: str | Path) -> Path:
         """Each process's own."""

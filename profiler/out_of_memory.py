@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .recording import Recording
 from .report import MemoryReport
 
 if TYPE_CHECKING:
@@ -78,27 +77,22 @@ def explain(error: BaseException, session: "Callable[[], Session]") -> MemoryRep
         asked = session()
         recording = asked.fail() if asked.active else asked.what_is_live()
         report = MemoryReport.from_recording(recording)
-        _print(report, _phase(recording), asked.failed_request_bytes or failed_request_bytes(error))
+        _print(report, asked.failed_request_bytes or failed_request_bytes(error))
     except Exception as trouble:  # the exception that matters is another one
         print(f"lightning-mpt: the memory table could not be shown: {trouble!r}", file=sys.stderr)
     return report
 
 
-def _phase(recording: Recording) -> str:
-    """The phase in which memory ran out; "" where that is unknown."""
-    assert recording.failed_ns is not None
-    return max(
-        ((m.time_ns, m.name or "") for m in recording.phases if m.time_ns <= recording.failed_ns), default=(0, "")
-    )[1]
-
-
-def _print(report: MemoryReport, phase: str, request_bytes: int | None) -> None:
+def _print(report: MemoryReport, request_bytes: int | None) -> None:
     from rich.console import Console
 
     from .show.render import format_bytes, print_report
+    from .show.timeline import last_phase
+    from .show.words import spoken
 
     console = Console(stderr=True, highlight=False, markup=False)
-    where = f"{report.device}, in {phase.replace('_', ' ')}" if phase else report.device
+    phase = last_phase(report)
+    where = f"{report.device}, in {spoken(phase)}" if phase else report.device
     asked = f"{format_bytes(request_bytes)} more" if request_bytes is not None else "more"
     live = format_bytes(report.peak_bytes)
     console.print(f"Out of memory on {where}: {asked} was asked for, and this was live, {live}:", style="bold red")

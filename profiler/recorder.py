@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from .collect.schedule import Schedule
-from .collect.session import Session, made_path
+from .collect.session import Session
 from .collect.sources import MAX_EVENTS
+from .files import keep
 from .ledger import PHASES
 from .out_of_memory import explain, is_out_of_memory
 from .report import MemoryReport
@@ -78,6 +79,7 @@ class MemoryRecorder:
         self._schedule: Schedule | None = None  # within the `with` block, until the report is there
         self._passed = 0
         self._report: MemoryReport | None = None
+        self._ended_in: str | None = None  # what an exception has to do with it that there is no report
         self.out_of_memory_report: MemoryReport | None = None
         """What was live when memory ran out, if it did within the `with` block."""
 
@@ -85,14 +87,18 @@ class MemoryRecorder:
     def report(self) -> MemoryReport:
         """The report, once the counted steps are over. Raises RuntimeError before, and where none was counted."""
         if self._report is None:
-            raise RuntimeError(
-                f"There is no memory report: {self._passed} steps ended (MemoryRecorder.step() says when), and a "
-                f"report needs more than warmup_steps={self._warmup_steps} and the end of the `with` block."
-            )
+            raise RuntimeError(f"There is no memory report: {self._ended_in or self._too_few_steps()}.")
         return self._report
 
+    def _too_few_steps(self) -> str:
+        ended = f"{self._passed} step{'' if self._passed == 1 else 's'} ended"
+        return (
+            f"{ended} (MemoryRecorder.step() says when), and a report needs more than "
+            f"warmup_steps={self._warmup_steps} and the end of the `with` block"
+        )
+
     def __enter__(self) -> "MemoryRecorder":
-        self._passed, self._report, self.out_of_memory_report = 0, None, None
+        self._passed, self._report, self.out_of_memory_report, self._ended_in = 0, None, None, None
         self._schedule = Schedule(self._make_session, self._warmup_steps, self._steps)
         self._schedule.begin()
         return self
@@ -112,9 +118,12 @@ class MemoryRecorder:
         if error is None:
             self._finish()
             return
+        self._ended_in = f"the `with` block ended in {kind!r}, and the recording with it"
         if is_out_of_memory(error):
             session = self._schedule.session if self._schedule is not None else None
             self.out_of_memory_report = explain(error, lambda: session or self._make_session())
+            if self.out_of_memory_report is not None:
+                self._ended_in += "; what was live then is in `out_of_memory_report`"
         if self._schedule is not None:
             self._schedule.abort()
             self._schedule = None
@@ -153,9 +162,9 @@ class MemoryRecorder:
         recording = schedule.finish() if schedule is not None else None
         if recording is None:
             return
-        if self._save_trace is not None:
-            recording.save(made_path(self._save_trace))
         self._report = MemoryReport.from_recording(recording)
+        if self._save_trace is not None:
+            keep("The trace", recording.save, self._save_trace)
 
 
 def check_bounds(warmup_steps: int, steps: int | None, max_events: int) -> None:

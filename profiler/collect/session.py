@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..figures import AllocatorHealth
+from ..files import made_path
 from ..out_of_memory import observe_failed_requests
 from ..recording import Recording, Window
 from .buckets import NOTE as BUCKETS
@@ -247,10 +248,3 @@ def device_of(module: torch.nn.Module) -> torch.device:
     for tensor in (*module.parameters(), *module.buffers()):
         return tensor.device
     return torch.device("cpu")
-
-
-def made_path(path: str | Path) -> Path:
-    """`path` with its folder made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path

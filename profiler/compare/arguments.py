@@ -46,16 +46,17 @@ def parameters_of(constructor: Callable[..., Any]) -> tuple[dict[str, inspect.Pa
     takes_any = False
     for function in _functions(constructor):
         try:
-            own = inspect.signature(function).parameters
+            own = list(inspect.signature(function).parameters.values())
         except ValueError:  # written in C
             return found, True
         hints = _hints(function)
-        for name, parameter in own.items():
-            if name == "self" or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        for parameter in own[1:] if inspect.isclass(constructor) else own:  # the first is the instance, by any name
+            name = parameter.name
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 continue
             if parameter.kind is not parameter.POSITIONAL_ONLY:
                 found.setdefault(name, parameter.replace(annotation=hints.get(name, parameter.annotation)))
-        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values())
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in own)
         if not takes_any:
             break
     return found, takes_any

@@ -190,7 +190,7 @@ def _check_model_class(cls: type, path: str) -> None:
             f"{path!r} is a LightningModule of the package pytorch_lightning, which the Trainer of the package "
             "lightning does not take: import it from lightning.pytorch."
         )
-    what = "an nn.Module" if issubclass(cls, nn.Module) else f"a {cls.__qualname__}"
+    what = "an nn.Module" if issubclass(cls, nn.Module) else f"of type {cls.__qualname__}"
     raise TargetError(
         f"{path!r} is {what} and no LightningModule, so that there is no training_step and no optimizer to run: "
         "wrap it in a LightningModule."

@@ -180,7 +180,7 @@ class _TrialProfiler(MemoryProfiler):
         return super()._make_session()  # without duplicates: they are found by their values, and here there are none
 
     @override
-    def _finish(self) -> None:
+    def _finish(self, *notes: str) -> None:
         schedule, self._schedule = self._schedule, None
         self._remove_callback()
         if schedule is not None:

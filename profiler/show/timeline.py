@@ -30,6 +30,11 @@ def phase_spans(report: MemoryReport) -> list[Span]:
     return spans
 
 
+def last_phase(report: MemoryReport) -> str:
+    """The phase in which the recording ended: that in which memory ran out, if it did. "" where none is known."""
+    return report.timeline[-1].phase if report.timeline else ""
+
+
 def used_categories(*reports: MemoryReport) -> list[Category]:
     """The categories that have bytes at the peak or in the timeline of any of the reports, in the order of STACKED."""
     return [

@@ -13,7 +13,15 @@ from reports import MIB, transformer
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mpt import MasterWeightPrecision
-from lightning_mpt.profiler import Category, Duplicate, MemoryProfiler, MemoryReport, ModuleForward
+from lightning_mpt.profiler import (
+    Category,
+    Duplicate,
+    MemoryProfiler,
+    MemoryRecorder,
+    MemoryReport,
+    ModuleForward,
+    TimelinePoint,
+)
 from lightning_mpt.profiler.recording import Recording
 from lightning_mpt.profiler.show.advisor import Advice, advise
 
@@ -182,6 +190,17 @@ def test_a_run_that_clips_is_not_told_to_release_gradients() -> None:
     assert "8-bit moments;" in said(clipping)
 
 
+@pytest.mark.parametrize("optimizers", [("AdamW", "AdamW"), ("AdamW", "Adam"), ()])
+def test_gradients_are_released_for_a_single_optimizer_only(optimizers: tuple[str, ...]) -> None:
+    report = transformer(12, weight_bytes=2, activations=MIB // 10)
+    alone = find(advise(report), "(..., gradient_release=True)")
+    for condition in ("one optimizer that the Trainer steps", "one device", "without accumulation", "clipping by norm"):
+        assert condition in alone.text
+    others = said(dataclasses.replace(report, optimizers=optimizers))
+    assert "gradient_release" not in others
+    assert "8-bit moments;" in others
+
+
 def test_formats_are_measured_by_what_is_kept_now() -> None:
     report = transformer(12, weight_bytes=2, activations=MIB // 10)
     compact = find(advise(report), "8-bit moments;")
@@ -236,6 +255,32 @@ def test_duplicates_are_worth_their_smaller_copies() -> None:
     assert "net.h.*.attn" in advice.text
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_outputs_that_the_loop_holds_are_told_of(kept: bool) -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.Linear(64, 2000))
+    optimizer = torch.optim.AdamW(network.parameters())
+    with MemoryRecorder(network, optimizer, warmup_steps=1, steps=1) as recorder:
+        for _ in range(2):
+            logits = network(torch.randn(256, 8))
+            loss = torch.nn.functional.cross_entropy(logits, torch.zeros(256, dtype=torch.long))
+            if not kept:
+                del logits
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            recorder.step()
+    report, size = recorder.report, 256 * 2000 * 4
+    if kept:
+        assert report.categories[Category.UNATTRIBUTED] == pytest.approx(size, rel=0.01)
+        assert "1.95 MiB of it were born in forward, most in 1, and are kept by something" in advise(report)[0].text
+        advice = find(advise(report), "Look for what keeps 1.95 MiB through backward, most of it from 1,")
+        assert advice.saves_bytes == pytest.approx(size, rel=0.01)
+    else:
+        assert report.categories[Category.UNATTRIBUTED] < 0.01 * report.peak_bytes
+        assert "nattributed" not in said(report)
+        assert "Look for what keeps" not in said(report)
+
+
 def test_nothing_that_saves_less_than_a_hundredth_is_said() -> None:
     report = transformer(12)
     for one in advise(report)[1:]:
@@ -253,27 +298,50 @@ def test_the_first_says_what_holds_the_peak_and_the_rest_goes_by_the_saving() ->
     assert rest[0].saves_bytes == max(one.saves_bytes or 0 for one in rest)
 
 
+def ran_out(report: MemoryReport, phase: str, categories: dict[Category, int] | None = None) -> MemoryReport:
+    """The report of a loop whose memory ran out in `phase`: at its peak, or with `categories` in use."""
+    held = dict(categories or report.phases[phase].categories)
+    moment = TimelinePoint(9_000_000, phase, sum(held.values()), held)
+    return dataclasses.replace(report, peak_bytes=moment.bytes, categories=held, timeline=(*report.timeline, moment))
+
+
 def test_out_of_memory_says_first_what_would_make_room() -> None:
-    report = transformer(12)
+    report = ran_out(transformer(12), "forward")
     advice = advise(report, failed_bytes=300 * MIB)
-    assert advice[0].text.startswith("300.00 MiB more were asked for")
-    fits = [(one.saves_bytes or 0) >= 300 * MIB for one in advice[1:]]
-    assert any(fits)
-    assert fits == sorted(fits, reverse=True)
+    assert advice[0].text.startswith("300.00 MiB more was asked for in forward")
     for one in advice[1:]:
         assert ("makes room" in one.text) == ((one.saves_bytes or 0) >= 300 * MIB)
+    assert "makes room" in advice[1].text
     assert "Half the batch" in "".join(one.text for one in advice)
     assert "Half the batch" not in said(report)
 
 
+@pytest.mark.parametrize("weight_bytes", [2, 4])
+@pytest.mark.parametrize("failed_bytes", [1, 20 * MIB, 900 * MIB])
+def test_out_of_memory_says_one_change_of_each_kind_before_a_second(failed_bytes: int, weight_bytes: int) -> None:
+    report = ran_out(transformer(12, weight_bytes=weight_bytes, activations=4 * MIB), "backward")
+    texts = [one.text for one in advise(report, failed_bytes)[1:]]
+    kinds = ["both" if ", both." in text else text.partition("(")[0].split()[0] for text in texts]
+    assert len(kinds) > len(set(kinds)) >= 3
+    assert len(set(kinds[: len(set(kinds))])) == len(set(kinds))
+
+
 def test_out_of_memory_is_about_that_moment_and_no_other_phase() -> None:
     # Memory ran out early in backward, lower than forward had been: what is saved is saved there.
-    report = transformer(12)
     moment = {Category.WEIGHTS: 12 * MIB, Category.ACTIVATIONS: 400 * MIB, Category.OPTIMIZER_STATE: 24 * MIB}
-    low = dataclasses.replace(report, peak_bytes=436 * MIB, categories=moment)
+    low = ran_out(transformer(12), "backward", moment)
+    said_first, *_ = advise(low, failed_bytes=MIB)
+    assert said_first.text.startswith("1.00 MiB more was asked for in backward, with 436.00 MiB in use")
     advice = find(advise(low, failed_bytes=MIB), "Half the batch")
     assert advice.saves_bytes == 200 * MIB
     assert "236.00 MiB would be in use" in advice.text
+
+
+def test_out_of_memory_in_the_optimizers_step_is_not_the_batchs_fault() -> None:
+    # Some of the step's temporaries are there, which no smaller batch makes fewer: below the step's own peak.
+    moment = {Category.WEIGHTS: 12 * MIB, Category.OPTIMIZER_STATE: 12 * MIB, Category.TEMPORARIES: 6 * MIB}
+    report = ran_out(transformer(12), "optimizer_step", moment)
+    assert "Half the batch" not in said(report, failed_bytes=MIB)
 
 
 def test_a_report_of_nothing_is_no_reason_for_advice() -> None:

@@ -152,6 +152,19 @@ def test_what_is_passed_on_is_known_by_the_classes_inherited_from() -> None:
     assert read_arguments(Keywords, {"depth": "1", "width": "2"}, "--model") == {"depth": 1, "width": 2}
 
 
+def test_the_instance_is_no_argument_whatever_it_is_called() -> None:
+    class Terse:
+        def __init__(this, width: int = 1) -> None: ...
+
+    class Inheriting(Terse):
+        def __init__(me, depth: int, **kwargs: Any) -> None: ...
+
+    def make(self: int, width: int) -> None: ...
+
+    assert list(parameters_of(Inheriting)[0]) == ["depth", "width"]
+    assert list(parameters_of(make)[0]) == ["self", "width"]  # a function is called with all that it names
+
+
 def test_what_is_required_is_named() -> None:
     with pytest.raises(ValueError, match=r"Keywords needs depth: give --model.depth VALUE\."):
         read_arguments(Keywords, {}, "--model")

@@ -195,6 +195,7 @@ def test_validation_in_between_ends_the_recording(tmp_path: Any) -> None:
         built = trainer(profiler, tmp_path, val_check_interval=every)
         built.fit(Validated(), data(), data(1))
         assert profiler.report.steps == counted
+        assert profiler.report.notes == (f"Validation ended the recording after {counted} of 5 steps.",)
 
 
 def test_a_recording_goes_on_over_epochs(tmp_path: Any) -> None:
@@ -235,6 +236,52 @@ def test_where_the_files_go(tmp_path: Any) -> None:
     assert MemoryReport.from_trace(tmp_path / "traces" / "t.json") == profiler.report
     assert {path.name for path in tmp_path.iterdir()} == {"reports", "traces"}
     assert "save_snapshot wrote nothing" in profiler.report.notes[0]  # on a CPU
+
+
+def test_a_file_is_named_json_once(tmp_path: Any) -> None:
+    fit(Classifier(), tmp_path, MemoryProfiler(filename="run.json"))
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_files_go_with_each_trainer(tmp_path: Any) -> None:
+    profiler = MemoryProfiler()
+    for name in ("first", "second"):
+        fit(Classifier(), tmp_path / name, profiler)
+        assert MemoryReport.load(tmp_path / name / "memory_report.json") == profiler.report
+    profiler.dirpath = tmp_path / "mine"
+    fit(Classifier(), tmp_path / "third", profiler)
+    assert (tmp_path / "mine" / "memory_report.json").exists()
+
+
+def test_what_cannot_be_written_costs_a_warning_and_no_run(tmp_path: Any, capsys: Any) -> None:
+    (tmp_path / "file").touch()  # where a folder is wanted
+    profiler = MemoryProfiler(tmp_path / "file" / "reports", save_trace=tmp_path / "file" / "trace.json")
+    with pytest.warns(UserWarning, match="was not written to") as warned:
+        built = fit(Classifier(), tmp_path, profiler)
+    said = [str(one.message) for one in warned if "was not written to" in str(one.message)]
+    assert said == [
+        f"The trace was not written to {tmp_path}/file/trace.json: File exists.",
+        f"The memory report was not written to {tmp_path}/file/reports/memory_report.json: Not a directory.",
+    ]
+    assert built.global_step == 8
+    assert profiler.report.steps == 3
+    assert capsys.readouterr().out.count("phase peaks") == 1
+
+
+def test_the_processes_hear_of_each_other_before_anything_is_written(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who is stopped by its disk must not keep the others waiting."""
+    seen = []
+
+    def worst(report: MemoryReport | None) -> tuple[int, MemoryReport | None]:
+        seen.append((tmp_path / "memory_report.json").exists())
+        return 0, report
+
+    monkeypatch.setattr("lightning_mpt.profiler.lightning.worst", worst)
+    fit(Classifier(), tmp_path)
+    assert seen == [False]
+    assert (tmp_path / "memory_report.json").exists()
 
 
 def test_the_precision_plugin_says_what_its_tensors_are(tmp_path: Any) -> None:

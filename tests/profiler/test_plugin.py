@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from examples.train_gpt import ByteText, GPTModule
 from lightning_mpt import MasterWeightPrecision
-from lightning_mpt.profiler import MemoryProfiler, MemoryReport
+from lightning_mpt.profiler import Category, MemoryProfiler, MemoryReport
 
 UNATTRIBUTED = 0.01
 
@@ -111,5 +111,8 @@ def test_masters_of_any_other_optimizer_are_named_too(tmp_path: Path) -> None:
     count = sum(parameter.numel() for parameter in module.parameters())
     assert report.categories["master_weights"] == 4 * count
     assert report.categories["optimizer_state"] == 4 * count
+    by_module = {path: own.get(Category.OPTIMIZER_STATE, 0) for path, own in report.modules.items()}
+    assert sum(by_module.values()) == 4 * count
+    assert by_module["net.transformer.h.0.mlp.c_fc"] == 4 * (128 * 512 + 512)
     assert report.phases["optimizer_step"].categories["gradients"] >= 2 * count
     assert report.categories["unattributed"] <= UNATTRIBUTED * report.peak_bytes

@@ -1,6 +1,7 @@
 """MemoryRecorder's manners: it changes no result, leaves nothing on, and refuses what it cannot do."""
 
 import gc
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from lightning_mpt.profiler import MemoryRecorder
 
 from .hooks import assert_all_is_off, hooks_on
-from .loops import LOOPS, Loop, blocks, mlp
+from .loops import LOOPS, Loop, blocks, mlp, record
 
 # -- recording changes nothing ------------------------------------------------------------------------------------
 
@@ -108,8 +109,15 @@ def test_an_exception_switches_everything_off(failing: Loop) -> None:
         run()
     assert len(hooks_on(failing.module)) == users
     assert not torch._C._autograd._profiler_enabled()
-    with pytest.raises(RuntimeError, match="no memory report"):
+    with pytest.raises(RuntimeError, match=r"no memory report: the `with` block ended in <class 'RuntimeError'>"):
         _ = recorder.report
+
+
+def test_a_trace_that_cannot_be_written_costs_a_warning_and_no_report(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.warns(UserWarning, match=r"The trace was not written to .*trace\.json: File exists"):
+        report = record(mlp(), save_trace=tmp_path / "file" / "trace.json")
+    assert report.steps == 2
 
 
 def test_nothing_is_on_outside_the_recorded_steps() -> None:

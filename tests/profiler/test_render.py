@@ -42,7 +42,7 @@ def test_when_memory_ran_out_the_advice_is_how_to_make_room() -> None:
     out = io.StringIO()
     print_report(transformer(), Console(file=out, width=100), failed_bytes=300 * MIB)
     text = " ".join(out.getvalue().split())
-    assert "300.00 MiB more were asked for" in text
+    assert "300.00 MiB more was asked for" in text
     assert "makes room for the 300.00 MiB that failed" in text
 
 

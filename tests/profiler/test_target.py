@@ -116,8 +116,8 @@ def test_an_iterable_of_batches_is_left_as_it_is() -> None:
     ("target", "said"),
     [
         (Target(f"{HERE}:Plain"), "is an nn.Module and no LightningModule"),
-        (Target(f"{HERE}:Kind"), "is a Kind and no LightningModule"),
-        (Target(f"{HERE}:make_number"), "is a int and no LightningModule"),
+        (Target(f"{HERE}:Kind"), "is of type Kind and no LightningModule"),
+        (Target(f"{HERE}:make_number"), "is of type int and no LightningModule"),
         (Target(f"{HERE}:NoStep"), "defines no training_step"),
         (Target(f"{HERE}:Tiny"), "no train_dataloader of its own: name its data by --data"),
         (Target(f"{HERE}:Tiny", {"wdith": "3"}), "--model.wdith is not an argument of Tiny. Did you mean width?"),
