@@ -21,7 +21,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._pytree import tree_map
 
 from .masters import MasterWeights
-from .shards import any_sharded, local, replace, share
+from .shards import any_sharded, local, replace, sharded_groups, share
 from .storage import HALF_DTYPES, master_storage
 
 RUNNING_NORMS = (_BatchNorm, _InstanceNorm)
@@ -44,8 +44,8 @@ class ConvertedModule:
 
     Raises:
         TypeError: a parameter is float64.
-        ValueError: a weight is inf or NaN, or beyond `dtype`'s range; or a layer gives sparse gradients. The module is
-            then as it was.
+        ValueError: a weight is inf or NaN, or beyond `dtype`'s range; a layer gives sparse gradients;
+            or FSDP2 has half and other parameters in one group. The module is then as it was.
     """
 
     def __init__(
@@ -218,6 +218,8 @@ class ConvertedModule:
                     f"{part_name or type(part).__name__} has sparse=True, and sparse gradients cannot be unscaled and "
                     "clipped in the update: make it sparse=False."
                 )
+        if any_sharded(list(self.module.parameters())):
+            self._check_sharded_groups()
         limit = torch.finfo(self._dtype).max
         for name, parameter in self.module.named_parameters():
             if isinstance(parameter, nn.parameter.UninitializedParameter):
@@ -239,6 +241,21 @@ class ConvertedModule:
                 raise ValueError(
                     f"{name} holds a weight of magnitude {largest:g}, beyond the {limit:g} of {self._dtype}: "
                     "use 'bf16-true', or rescale the weight."
+                )
+
+    def _check_sharded_groups(self) -> None:
+        """FSDP2 reduces the gradients that it has gathered together in one dtype."""
+        for owner, group in sharded_groups(self.module).items():
+            others = {name: parameter.dtype for name, parameter in group.items() if parameter not in self._parameters}
+            if 0 < len(others) < len(group):
+                name, dtype = next(iter(others.items()))
+                part = name.rpartition(".")[0]
+                kind = type(self.module.get_submodule(part)).__name__
+                raise ValueError(
+                    f"{part} ({kind}) keeps its parameters in {dtype}, and fully_shard({owner or 'the whole module'}) "
+                    "puts them in one group with half ones; FSDP2 takes one dtype in a group: shard it on its own "
+                    f"before, by fully_shard(self.get_submodule({part!r})), or give the plugin fp32_modules=() to "
+                    "train it in half."
                 )
 
     def _convert(self, parameter: nn.Parameter) -> None:

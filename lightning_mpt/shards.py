@@ -96,3 +96,22 @@ def norm_over_shards(norm: Tensor, spread: Layout | None) -> Tensor:
 def any_sharded(tensors: Sequence[Tensor]) -> bool:
     """Whether one of them is a DTensor."""
     return any(layout(tensor) is not None for tensor in tensors)
+
+
+def sharded_groups(module: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """Which parameters `fully_shard` gathers and reduces together, by the name of the module that it was given.
+
+    Those that have a gradient, of all that is in the module and in no other that was given to it on its own.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    owners: dict[nn.Module, str] = {}
+    groups: dict[str, dict[str, nn.Parameter]] = {}
+    for name, part in module.named_modules():  # a module comes before its children
+        if isinstance(part, FSDPModule):  # a class that fully_shard puts in front of the module's own
+            for inner in nn.Module.modules(part):  # type: ignore[arg-type]
+                owners[inner] = name
+        for parameter_name, parameter in part.named_parameters(name, recurse=False):
+            if part in owners and parameter.requires_grad and layout(parameter) is not None:
+                groups.setdefault(owners[part], {})[parameter_name] = parameter
+    return groups

@@ -49,6 +49,46 @@ class Sharded(PerRank):
         self.inside["state_numel"] = sum(t.numel() for t in held if t.dim())
 
 
+class WithBatchNorm(Sharded):
+    """A convolution and a linear layer, each with BatchNorm, sharded with the rest or each on its own."""
+
+    def __init__(self, *, norms_on_their_own: bool) -> None:
+        super().__init__(batchnorm_net())
+        self._norms_on_their_own = norms_on_their_own
+
+    def configure_model(self) -> None:
+        mesh = self.device_mesh["data_parallel"]
+        for layer in self.net:
+            if self._norms_on_their_own and isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+                fully_shard(layer, mesh=mesh)
+        fully_shard(self.net, mesh=mesh)
+
+
+def batchnorm_net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 4, 4)), nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),
+        nn.Linear(128, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4),
+    )  # fmt: skip
+
+
+def with_batchnorm(rank: int, folder: Path) -> dict[str, Any]:
+    """BatchNorm, which the plugin keeps FP32."""
+    warnings.simplefilter("ignore")
+    results: dict[str, Any] = {}
+    _, results["32-true"] = train(rank, None, WithBatchNorm(norms_on_their_own=True))
+    for precision in ("bf16-true", "16-true"):
+        plugin = MasterWeightPrecision(precision)
+        _, results[precision] = train(rank, plugin, WithBatchNorm(norms_on_their_own=True))
+    plugin = MasterWeightPrecision("bf16-true", fp32_modules=())
+    _, results["in half"] = train(rank, plugin, WithBatchNorm(norms_on_their_own=False))
+    try:
+        train(rank, MasterWeightPrecision("bf16-true"), WithBatchNorm(norms_on_their_own=False))
+    except ValueError as refused:
+        results["refused"] = str(refused)
+    return results
+
+
 class LastLayerWhole(Sharded):
     """Only the other layers are sharded. On the second rank, the third gradient of the last bias is inf."""
 
