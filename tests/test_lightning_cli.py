@@ -13,6 +13,9 @@ from lightning_mpt import ConstantLossScale, DynamicLossScale, MasterWeightPreci
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # jsonargparse's, of how Lightning calls it
 
+EXAMPLE = Path(__file__).parents[1] / "examples" / "train_gpt.yaml"
+SMALL = {"seq_len": 32, "steps": 6}
+
 CONFIG = """
 seed_everything: 0
 model:
@@ -75,6 +78,23 @@ def test_a_loss_scale_from_the_command_line_is_a_number_where_it_is_one(
 ) -> None:
     options = ("--trainer.plugins=lightning_mpt.MasterWeightPrecision", f"--trainer.plugins.loss_scale={text}")
     assert trained("{}", tmp_path, monkeypatch, *options).trainer.precision_plugin.loss_scale == scale
+
+
+def test_the_example_trains_with_its_plugin_its_scale_and_its_profiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where the report goes
+    monkeypatch.setattr(sys, "argv", ["train"])
+    small = [f"--{part}.init_args.{name}={value}" for part in ("model", "data") for name, value in SMALL.items()]
+    options = ["--model.init_args.size=nano", "--data.init_args.batch_size=2", "--trainer.accelerator=cpu"]
+    cli = LightningCLI(args=["fit", f"--config={EXAMPLE}", *small, *options], save_config_callback=None)
+    plugin, report = cli.trainer.precision_plugin, cli.trainer.profiler.report
+    assert isinstance(plugin, MasterWeightPrecision)
+    assert isinstance(plugin._loss_scale, DynamicLossScale)
+    assert cli.trainer.global_step == SMALL["steps"]
+    assert sum(report.categories.values()) == report.peak_bytes
+    assert report.categories["master_weights"] == report.categories["weights"]
+    assert "master_weights" in capsys.readouterr().out
 
 
 def test_module_types_and_storages_from_yaml_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
