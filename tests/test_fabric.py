@@ -145,7 +145,7 @@ def test_a_file_is_fp32_and_a_run_resumes_bit_for_bit(tmp_path: Path, precision:
     floats = [*saved["model"].values(), *(v for s in saved["optimizer"]["state"].values() for v in s.values())]
     assert {v.dtype for v in floats if isinstance(v, Tensor) and v.is_floating_point()} == {torch.float32}
     second = Loop(FabricMasterWeightPrecision(precision), optimizer=name)
-    second.fabric.load(path, second.state, weights_only=True)
+    second.fabric.load(path, second.state)
     second.train(batches[4:])
     assert second.losses == whole.losses[4:]
     torch.testing.assert_close(second.model.state_dict(), whole.model.state_dict(), **EXACT)
