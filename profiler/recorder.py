@@ -14,6 +14,7 @@ from .files import keep
 from .ledger import PHASES
 from .out_of_memory import explain, is_out_of_memory
 from .report import MemoryReport
+from .show.words import count_of
 
 
 class MemoryRecorder:
@@ -91,9 +92,8 @@ class MemoryRecorder:
         return self._report
 
     def _too_few_steps(self) -> str:
-        ended = f"{self._passed} step{'' if self._passed == 1 else 's'} ended"
         return (
-            f"{ended} (MemoryRecorder.step() says when), and a report needs more than "
+            f"{count_of(self._passed, 'step')} ended (MemoryRecorder.step() says when), and a report needs more than "
             f"warmup_steps={self._warmup_steps} and the end of the `with` block"
         )
 

@@ -11,8 +11,7 @@ from lightning.pytorch.callbacks import BackboneFinetuning, EMAWeightAveraging, 
 from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, TensorDataset
-from training import Classifier, Validated, classification, convnet, fit, loader, mlp, trainer
+from training import Classifier, Sized, Validated, classification, convnet, fit, loader, mlp, trainer
 
 from lightning_mpt import MasterWeightPrecision
 
@@ -40,18 +39,6 @@ def fit_twice(precision: str | None) -> nn.Module:
 
 
 def fit_after_the_batch_size_was_found(precision: str | None) -> nn.Module:
-    class Sized(Classifier):
-        batch_size = 2
-
-        def train_dataloader(self) -> Any:
-            x, y = classification(1, size=64)[0]
-            return DataLoader(TensorDataset(x, y), batch_size=self.batch_size)
-
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            if len(batch[0]) > 16:
-                raise RuntimeError("CUDA out of memory.")
-            return super().training_step(batch, batch_idx)
-
     module = Sized(mlp())
     ours = trainer(plugin_of(precision), max_epochs=5)
     assert Tuner(ours).scale_batch_size(module, init_val=8, steps_per_trial=1) == 16

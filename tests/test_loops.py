@@ -14,8 +14,7 @@ from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.rank_zero import WarningCache
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
-from torch.utils.data import DataLoader, TensorDataset
-from training import Classifier, Validated, adamw, classification, convnet, fit, loader, mlp, trainer
+from training import Classifier, Sized, Validated, adamw, classification, convnet, fit, loader, mlp, trainer
 
 from lightning_mpt import DynamicLossScale, MasterWeightPrecision
 
@@ -346,18 +345,6 @@ def test_the_tuner_finds_the_learning_rate_of_an_fp32_run(tmp_path: Any) -> None
 
 
 def test_the_tuner_finds_the_largest_batch(tmp_path: Any) -> None:
-    class Sized(Classifier):
-        batch_size = 2
-
-        def train_dataloader(self) -> Any:
-            x, y = classification(1, size=64)[0]
-            return DataLoader(TensorDataset(x, y), batch_size=self.batch_size)
-
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            if len(batch[0]) > 16:
-                raise RuntimeError("CUDA out of memory.")
-            return super().training_step(batch, batch_idx)
-
     module = Sized(mlp(width=16))
     start = copy.deepcopy(module.state_dict())
     tuner = Tuner(trainer(MasterWeightPrecision("16-true"), default_root_dir=tmp_path))

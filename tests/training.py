@@ -7,7 +7,7 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_mpt import MasterWeightPrecision
 
@@ -46,6 +46,21 @@ class Validated(Classifier):
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         x, y = batch
         self.log("val_loss", F.cross_entropy(self(x), y))
+
+
+class Sized(Classifier):
+    """With a batch size for the Tuner to find: memory runs out above 16. An epoch has 64 samples."""
+
+    batch_size = 2
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        x, y = classification(1, size=64)[0]
+        return DataLoader(TensorDataset(x, y), batch_size=self.batch_size)
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor | None:
+        if len(batch[0]) > 16:
+            raise RuntimeError("CUDA out of memory.")
+        return super().training_step(batch, batch_idx)
 
 
 class Batches(Dataset[tuple[Tensor, ...]]):

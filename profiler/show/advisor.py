@@ -11,7 +11,7 @@ from ..report import MemoryReport
 from .changes import Option, Phases, held_by_the_loop, named, options_for, phases_of, smaller_batch
 from .timeline import last_phase
 from .tree import module_tree
-from .words import format_bytes, format_share
+from .words import format_bytes, format_share, in_words, spoken
 
 LEAST_SHARE = 0.01
 """Of the peak: what saves less is not worth a line."""
@@ -129,11 +129,11 @@ def _what_holds(report: MemoryReport, before: Phases, failed_bytes: int | None) 
     peak_bytes, phase = _highest(before)
     categories = sorted(before[phase].items(), key=lambda item: -item[1])
     parts = [
-        f"{category.value.replace('_', ' ')} {format_share(size, peak_bytes)}"
+        f"{in_words(category)} {format_share(size, peak_bytes)}"
         for category, size in categories[:3]
         if size >= 0.05 * peak_bytes
     ]
-    where = f" in {phase.replace('_', ' ')}" if phase else ""
+    where = f" in {spoken(phase)}" if phase else ""
     if failed_bytes is not None:
         text = f"{format_bytes(failed_bytes)} more was asked for{where}, with {format_bytes(report.peak_bytes)} in use"
     else:
@@ -147,7 +147,7 @@ def _what_holds(report: MemoryReport, before: Phases, failed_bytes: int | None) 
     )
     if block is not None and (size := block.total.get(largest, 0)) >= 0.5 * categories[0][1]:
         share = format_share(size, report.categories.get(largest, 0))
-        text += f" Of the {largest.value.replace('_', ' ')}, {share} are in {named(block)}."
+        text += f" Of the {in_words(largest)}, {share} are in {named(block)}."
     unattributed = before[phase].get(Category.UNATTRIBUTED, 0)
     if unattributed >= LEAST_SHARE * peak_bytes:
         held_bytes, place = held_by_the_loop(report)
@@ -162,4 +162,4 @@ def _what_holds(report: MemoryReport, before: Phases, failed_bytes: int | None) 
 
 
 def _in(phase: str) -> str:
-    return f", in {phase.replace('_', ' ')}" if phase else ""
+    return f", in {spoken(phase)}" if phase else ""

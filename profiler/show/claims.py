@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ..category import Category
 from ..report import MemoryReport
+from .words import spoken
 
 FP32 = "32-true"
 SHARES = {Category.ACTIVATIONS: (0.60, 0.80), Category.GRADIENTS: (0.20, 0.30), Category.WEIGHTS: (0.05, 0.10)}
@@ -122,7 +123,7 @@ def _what_moved(base: MemoryReport, other: MemoryReport, *, least: bool) -> str:
 
 
 def _phase(report: MemoryReport) -> str:
-    return (peak_phase(report) or "a step").replace("_", " ")
+    return spoken(peak_phase(report) or "a step")
 
 
 def _share(report: MemoryReport, category: Category) -> float:
