@@ -45,7 +45,7 @@ def decoded(slot: Slot, storage_name: str) -> Tensor:
     if slot.master is None:
         return slot.weight.clone()
     weight = pieces.dense(slot.weight)
-    out, spare = torch.empty(2, weight.numel())
+    out, spare = torch.empty(2, weight.numel(), device=weight.device)
     flat = master_storage(storage_name).decode(pieces.flat(weight), pieces.flat(slot.master), out, spare)
     return flat.clone().as_strided(weight.shape, weight.stride())
 
