@@ -14,11 +14,13 @@ Exits 0 where every piece came through, 1 where one did not, and 2 where there i
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +29,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from benchmarks.common import RESULTS, ROOT, environment, slug, without_paths, write_result
-from benchmarks.processes import failure, run_guarded
+from benchmarks.processes import Guarded, failure, run_guarded
 
 BUDGET_S = 450.0
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -43,6 +45,10 @@ PRECISIONS = (
     "bf16-true",
 )
 MARK = "pytest.mark.cuda"
+QUIET = ("-p", "no:cacheprovider", "-p", "no:benchmark")
+"""For pytest. A plugin for benchmarks, where there is one, warns where tests run side by side."""
+MANY_CPUS = 8
+"""With so many, what starts disturbs nothing."""
 
 
 class Piece(NamedTuple):
@@ -56,11 +62,12 @@ def plan() -> list[Piece]:
     """All pieces, what matters most first: time that runs out takes the last ones."""
     return [
         Piece("trace", 60.0),
-        Piece("tests", 170.0),
+        Piece("tests", 150.0),
         *(Piece(f"step:{count}", 60.0) for count in ("10M", "100M", "1B")),
         *(Piece(f"tensors:{count}", 45.0) for count in (10, 1000, 5000)),
         *(Piece(f"train:long:{precision}", 60.0) for precision in PRECISIONS),
         *(Piece(f"train:short:{precision}", 45.0) for precision in PRECISIONS[:5]),
+        *(Piece(f"recording:{length}", 45.0) for length in ("long", "short")),
     ]
 
 
@@ -83,13 +90,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     folders = [RESULTS, *([arguments.out] if arguments.out else [])]
     result: dict[str, Any] = {"environment": started, "pieces": {}}
     pieces = [piece for piece in plan() if piece.name.startswith(arguments.only)]
+    starting = starts(pieces)
     for index, piece in enumerate(pieces, start=1):
+        started = next(starting)
         limit_s = min(piece.limit_s, deadline - time.monotonic() - 3.0)
         begun = time.monotonic()
         if limit_s < 5.0:
             outcome: dict[str, Any] = {"error": "left out: the time for the whole check had run out"}
         else:
-            outcome = run_tests(limit_s) if piece.name == "tests" else run_piece(piece.name, limit_s)
+            outcome = started.run(limit_s)
         outcome["wall_s"] = round(time.monotonic() - begun, 1)
         if trace := outcome.pop("trace", None):
             outcome["trace_bytes"] = len(trace)
@@ -105,15 +114,56 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if any("error" in outcome for outcome in result["pieces"].values()) else 0
 
 
-def run_piece(name: str, limit_s: float) -> dict[str, Any]:
-    """Run one piece of `benchmarks.cuda_pieces` in a fresh process and return what it found."""
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "answer.json"
-        status, output = run_guarded([sys.executable, "-m", "benchmarks.cuda_pieces", name, str(answer)], limit_s, ROOT)
-        if status == 0 and answer.exists():
-            found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+class Started:
+    """A piece of `benchmarks.cuda_pieces` in a fresh process, which imports what it needs and waits for its turn."""
+
+    def __init__(self, name: str) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._answer = Path(self._folder.name) / "answer.json"
+        command = [sys.executable, "-m", "benchmarks.cuda_pieces", name, str(self._answer)]
+        self._process = Guarded(command, ROOT)
+
+    def run(self, limit_s: float) -> dict[str, Any]:
+        """Let it run, and return what it found."""
+        status, output = self._process.finish(limit_s)
+        if status == 0 and self._answer.exists():
+            found: dict[str, Any] = json.loads(self._answer.read_text(encoding="utf-8"))
             return found
         return {"error": failure(status, limit_s), "output_tail": without_paths(output)[-4000:]}
+
+    def end(self) -> None:
+        """End it, whether or not it has had its turn."""
+        self._process.end()
+        self._folder.cleanup()
+
+
+class Tests:
+    """The tests marked `cuda`, in the place of a piece."""
+
+    def run(self, limit_s: float) -> dict[str, Any]:
+        return run_tests(limit_s)
+
+    def end(self) -> None: ...
+
+
+def start(name: str) -> "Started | Tests":
+    """A piece by its name."""
+    return Tests() if name == "tests" else Started(name)
+
+
+def starts(pieces: Sequence[Piece]) -> Iterator["Started | Tests"]:
+    """Every piece in its turn. Where there are processors for it, the next one starts meanwhile: to import takes
+    seconds, for which a rented GPU need not wait."""
+    begun: list[Started | Tests] = []
+    ahead = 1 if (os.cpu_count() or 1) >= MANY_CPUS else 0
+    try:
+        for index in range(len(pieces)):
+            begun += [start(piece.name) for piece in pieces[index + len(begun) : index + 1 + ahead]]
+            yield begun[0]
+            begun.pop(0).end()
+    finally:
+        for one in begun:
+            one.end()
 
 
 def run_tests(limit_s: float) -> dict[str, Any]:
@@ -121,9 +171,10 @@ def run_tests(limit_s: float) -> dict[str, Any]:
 
     Only their files are imported: the others need packages that a rented machine may lack, and seconds that it costs.
     """
+    parallel = ["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") else []
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     marked = [str(file.relative_to(ROOT)) for file in files if MARK in file.read_text(encoding="utf-8")]
-    command = [sys.executable, "-m", "pytest", "-m", "cuda", "-q", "-p", "no:cacheprovider", "--durations=5", *marked]
+    command = [sys.executable, "-m", "pytest", "-m", "cuda", "-q", *QUIET, "--durations=5", *parallel, *marked]
     status, output = run_guarded(command, limit_s, ROOT)
     lines = without_paths(output).splitlines()
     found: dict[str, Any] = {

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import copy
 import gc
 import json
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.common import SILENT, Timing, cuda_clock, gpt_shapes, interleave
@@ -28,6 +30,7 @@ from benchmarks.contenders import (
     torch_adamw,
     total,
 )
+from benchmarks.profiler import step_cost
 from benchmarks.step_clock import StepClock
 from examples.train_gpt import ByteText, GPTModule, quiet_lightning
 from lightning_mpt import PRESETS, MasterAdamW
@@ -47,6 +50,8 @@ MODEL, VOCAB_SIZE = "small", 50304
 LENGTHS = {"long": (8, 1024), "short": (4, 128)}
 """Batch size and tokens per sequence. Most of the memory is activations in the long case, the model in the short."""
 COPY, COPY_BYTES = "device copy of 1 GiB", 2**30
+CLOCK_HZ = 2e9
+"""At least as fast as any GPU's clock, by which it is told how long to wait."""
 STEPS = 25
 """Training steps of a `train` piece: two to warm up, three recorded, the others timed."""
 
@@ -159,20 +164,27 @@ def time_steps(shapes: list[tuple[int, ...]], *, few: bool = False) -> dict[str,
             lambda: scaled_step(MasterAdamW(parameters(shapes, torch.float16, DEVICE)), DEVICE),
         )
     timings = interleave(cases, rounds=20, warmup=3, clock=cuda_clock)
-    copy_rate = moved[COPY] / timings[COPY].median_s
+    ahead = interleave(
+        {name: behind(call, timings[name].median_s) for name, call in cases.items()}, rounds=10, warmup=1, clock=_itself
+    )
+    copy_rate = moved[COPY] / ahead[COPY].median_s
     found: dict[str, Any] = {"parameters": count, "tensors": len(shapes), "cases": {}, "left_out": left_out}
     for name, timing in timings.items():
-        rate = moved[name] / timing.median_s
+        rate = moved[name] / ahead[name].median_s
         found["cases"][name] = {
             **timing._asdict(),
+            "device_s": ahead[name].median_s,
+            "device_p20_s": ahead[name].p20_s,
+            "device_p80_s": ahead[name].p80_s,
             "moved_bytes": moved[name],
             "bytes_per_s": rate,
             "share_of_copy": rate / copy_rate,
-            "times_under_autocast": ratio(timing.median_s, timings),
+            "times_under_autocast": ratio(name, timings),
+            "device_times_under_autocast": ratio(name, ahead),
             "host_synchronization": syncs.get(name),
         }
     found["summary"] = "; ".join(
-        f"{name}: {case['median_s'] * 1e3:.2f} ms ({case['share_of_copy']:.0%})"
+        f"{name}: {case['median_s'] * 1e3:.2f} ms, device {case['device_s'] * 1e3:.2f} ms ({case['share_of_copy']:.0%})"
         for name, case in found["cases"].items()
     )
     failed = {name: why for name, why in left_out.items() if not why.startswith("ModuleNotFoundError")}
@@ -207,9 +219,58 @@ def trace() -> dict[str, Any]:
         }
 
 
-def ratio(median_s: float, timings: dict[str, Timing]) -> float | None:
+def ratio(name: str, timings: dict[str, Timing]) -> float | None:
     """How many times the FP32 step's time, with all that it needs under autocast."""
-    return median_s / timings[UNDER_AUTOCAST].median_s if UNDER_AUTOCAST in timings else None
+    return timings[name].median_s / timings[UNDER_AUTOCAST].median_s if UNDER_AUTOCAST in timings else None
+
+
+def behind(call: Callable[[], object], host_s: float) -> Callable[[], float]:
+    """Gives the seconds of `call` on a device that is behind the host, as it is while it trains: it waits for nothing.
+
+    `host_s` is how long the host takes for the call at most. The device is kept busy until the host is done.
+    """
+
+    def timed() -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        torch.cuda._sleep(int((1.5 * host_s + 1e-3) * CLOCK_HZ))
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+
+    return timed
+
+
+def _itself(timed: Callable[[], object]) -> float:
+    """A clock for what measures its own time."""
+    seconds: float = timed()  # type: ignore[assignment]
+    return seconds
+
+
+def recording(length: str) -> dict[str, Any]:
+    """What recording costs: step times of GPT-2 without a recorder, with one that records, and one that is done."""
+    batch_size, seq_len = LENGTHS[length]
+    module = GPTModule(MODEL, vocab_size=VOCAB_SIZE, seq_len=1024).to(DEVICE)
+    tokens = torch.randint(0, 256, (batch_size, seq_len + 1), device=DEVICE)
+
+    def training() -> tuple[torch.nn.Module, torch.optim.Optimizer, Callable[[], None]]:
+        net = copy.deepcopy(module.gpt).bfloat16()
+        optimizer = MasterAdamW(net.parameters(), lr=1e-4)
+
+        def step() -> None:
+            logits = net(tokens[:, :-1])
+            F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return net, optimizer, step
+
+    costs = step_cost(training, rounds=15, synchronize=torch.cuda.synchronize)
+    found = {**costs, "batch_size": batch_size, "seq_len": seq_len}
+    found["summary"] = f"recording {costs['recording']:.3f}x, not recording {costs['not_recording']:.3f}x"
+    return found
 
 
 def synchronizes(call: Callable[[], object]) -> str:
@@ -245,11 +306,14 @@ def plain(value: Any) -> Any:
 
 
 def main(piece: str, answer: str) -> None:
-    """Run `piece` (`trace`, `step:SIZE`, `tensors:COUNT`, `train:LENGTH:PRECISION`) and write what it found."""
+    """Run `piece` (`trace`, `step:SIZE`, `tensors:COUNT`, `train:LENGTH:PRECISION`, `recording:LENGTH`) and write what
+    it found."""
+    kinds = {"train": train, "step": step, "tensors": tensors, "trace": trace, "recording": recording}
     kind, *details = piece.split(":", 2)  # a precision may have a colon of its own
-    found = {"train": train, "step": step, "tensors": tensors, "trace": trace}[kind](*details)
+    found = kinds[kind](*details)
     Path(answer).write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":
+    sys.stdin.read()  # all is imported: wait for the turn
     main(*sys.argv[1:])

@@ -156,32 +156,53 @@ def measure_peak(name: str) -> dict[str, Any]:
 
 
 def measure_cost(name: str, rounds: int) -> dict[str, Any]:
-    """Step times, in turn: without a recorder, with one that records, and with one that is done."""
-    trainings = {kind: Training(name) for kind in ("without", "recording", "not_recording")}
+    """What recording adds to a network's step time."""
+
+    def training() -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], None]]:
+        made = Training(name)
+        return made.module, made.optimizer, made.step
+
+    return {"network": name, **step_cost(training, rounds)}
+
+
+def step_cost(
+    training: Callable[[], tuple[nn.Module, torch.optim.Optimizer, Callable[[], None]]],
+    rounds: int,
+    synchronize: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Step times, in turn: without a recorder, with one that records, and with one that is done; and the ratios.
+
+    Args:
+        training: makes a module, its optimizer and what takes a step.
+        rounds: how many steps of each are timed.
+        synchronize: waits for the device.
+    """
+    trainings = {kind: training() for kind in ("without", "recording", "not_recording")}
     seconds: dict[str, list[float]] = {kind: [] for kind in trainings}
 
     def timed(kind: str, after: Callable[[], None]) -> None:
+        synchronize()
         start = time.perf_counter()
-        trainings[kind].step()
+        trainings[kind][2]()
         after()
+        synchronize()
         seconds[kind].append(time.perf_counter() - start)
 
-    for training in trainings.values():
-        training.step()
-    done = MemoryRecorder(trainings["not_recording"].module, trainings["not_recording"].optimizer, steps=1)
+    for _, _, step in trainings.values():
+        step()
+    done = MemoryRecorder(*trainings["not_recording"][:2], steps=1)
     with done:
-        trainings["not_recording"].step()
+        trainings["not_recording"][2]()
         done.step()
         for _ in range(rounds):
             timed("without", lambda: None)
             timed("not_recording", done.step)
             # A recording of its own each round, so that the other two are timed with nothing on.
-            recorder = MemoryRecorder(trainings["recording"].module, trainings["recording"].optimizer)
+            recorder = MemoryRecorder(*trainings["recording"][:2])
             with recorder:
                 timed("recording", recorder.step)
     timings = {kind: Timing.of(taken) for kind, taken in seconds.items()}
     return {
-        "network": name,
         "timings": {kind: timing._asdict() for kind, timing in timings.items()},
         "recording": timings["recording"].median_s / timings["without"].median_s,
         "not_recording": timings["not_recording"].median_s / timings["without"].median_s,

@@ -1,7 +1,8 @@
 """What every optimizer over master weights can do, whatever its rule: `MasterAdamW` and the bridge build on it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,8 @@ from .kernels import Kernel, kernel_for
 from .kernels.slots import GradientTransform
 from .masters import MasterWeights
 from .shards import Layout, found_anywhere, layout, local, norm_over_shards
+
+DEVICE, LAYOUT = attrgetter("device"), attrgetter("layout")
 
 
 class Scan(NamedTuple):
@@ -58,15 +61,14 @@ class MasterOptimizer(Optimizer):
         Raises:
             RuntimeError: a gradient is sparse.
         """
-        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-        for gradient in gradients:
-            refuse_sparse(gradient)
-        alike: dict[tuple[torch.device, Layout | None], list[Tensor]] = {}
-        for gradient in gradients:
-            alike.setdefault((gradient.device, layout(gradient)), []).append(local(gradient))
+        gradients = [gradient for parameter in self.parameters() if (gradient := parameter.grad) is not None]
+        refuse_sparse(gradients)
+        alike = _by_place(gradients)
         if not alike:
             return Scan(*self._scan(next(self.parameters()).device, [], norm=norm))
         scans = {key: self._scan(key[0], held, norm=norm) for key, held in alike.items()}
+        if list(scans) == [(gradients[0].device, None)]:
+            return Scan(*scans.popitem()[1])
         first = gradients[0].device
         found_inf = torch.stack([found.to(first) for found, _ in scans.values()]).amax()
         found_inf = found_anywhere(found_inf, [spread for _, spread in scans])
@@ -75,9 +77,8 @@ class MasterOptimizer(Optimizer):
 
     def _scan(self, device: torch.device, gradients: list[Tensor], *, norm: bool) -> tuple[Tensor, Tensor | None]:
         """The same of what is here, on one device; there may be nothing."""
-        some = [gradient for gradient in gradients if gradient.numel()]
-        if some:
-            return self._kernel(device).scan_gradients(some, norm=norm)
+        if any(map(Tensor.numel, gradients)):
+            return self._kernel(device).scan_gradients(gradients, norm=norm)
         zero = torch.zeros((), dtype=torch.float32, device=device)
         return zero, zero if norm else None
 
@@ -123,13 +124,20 @@ def class_in_front(front: type[Any], adopted: type[Any]) -> type[Any]:
     return type(adopted.__name__, (front, adopted), {"__qualname__": made_here})
 
 
-def refuse_sparse(gradient: Tensor | None) -> None:
-    if gradient is not None and gradient.layout != torch.strided:
+def refuse_sparse(gradients: Sequence[Tensor]) -> None:
+    """RuntimeError where one of the gradients is not a plain strided tensor."""
+    for layout_name in set(map(LAYOUT, gradients)) - {torch.strided}:
         raise RuntimeError(
-            f"A gradient has the layout {gradient.layout}; the update takes dense ones only: use sparse=False in "
+            f"A gradient has the layout {layout_name}; the update takes dense ones only: use sparse=False in "
             "nn.Embedding or nn.EmbeddingBag."
         )
 
 
-def device_name(tensor: Tensor) -> str:
-    return str(tensor.device)
+def _by_place(gradients: list[Tensor]) -> dict[tuple[torch.device, Layout | None], list[Tensor]]:
+    """What this process holds of the gradients, by device and by how they are spread."""
+    if set(map(type, gradients)) == {Tensor} and len(set(map(DEVICE, gradients))) == 1:  # asked faster than one by one
+        return {(gradients[0].device, None): gradients}
+    alike: dict[tuple[torch.device, Layout | None], list[Tensor]] = {}
+    for gradient in gradients:
+        alike.setdefault((gradient.device, layout(gradient)), []).append(local(gradient))
+    return alike

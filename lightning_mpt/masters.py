@@ -12,21 +12,23 @@ weight as it is, element by element, so that a write that changes nothing costs 
   master is then the new weight plus an old correction of at most half a unit in its last place.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .pieces import dense, flat, ordered_like, piece_length, pieces
-from .shards import local, sharded_like, written
+from .shards import any_sharded, local, sharded_like, written
 from .storage import MasterStorage, round_to_half
+
+VERSION = attrgetter("_version")
 
 
 class _Entry(NamedTuple):
     storage: MasterStorage
     stored: Tensor
-    version: int
     seen: Tensor | None = None
     """The half weight as it was when it was its master's rounding; None where nobody else has written to it yet."""
 
@@ -39,8 +41,12 @@ class MasterWeights:
 
     def __init__(self) -> None:
         self._entries: dict[Tensor, _Entry] = {}
+        self._versions: dict[Tensor, int] = {}
+        """Each parameter's version when it was its master's rounding."""
         self._shared: set[Tensor] = set()
         """The parameters that somebody else writes to as well."""
+        self.replaced = 0
+        """How often a tensor that stores a master was put in the place of another, or was taken away."""
 
     @torch.no_grad()
     def write(self, parameter: Tensor, value: Tensor, storage: MasterStorage | None = None) -> None:
@@ -90,21 +96,23 @@ class MasterWeights:
             return self._entries[parameter].stored
         stored = ordered_like(entry.stored, dense(local(parameter).detach()))
         if stored is not entry.stored:  # the parameter's memory format was changed
-            self._entries[parameter] = entry._replace(stored=stored)
+            self._put(parameter, entry._replace(stored=stored))
         return stored
 
-    def holds(self, parameter: Tensor, stored: Tensor) -> bool:
-        """Whether `stored` is what keeps the parameter's master, up to date."""
-        entry = self._entries.get(parameter)
-        return entry is not None and entry.stored is stored and entry.version == parameter._version
+    def untouched(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether nobody else has written to any of these since it was its master's rounding."""
+        return list(map(self._versions.get, parameters)) == list(map(VERSION, parameters))
 
-    def stepped(self, parameter: Tensor) -> None:
-        """The parameter as it is now is its master's rounding: their owner has updated both."""
-        written(parameter)
-        entry = self._entries[parameter]
-        if entry.seen is not None:
-            entry.seen.copy_(local(parameter).detach())
-        self._entries[parameter] = entry._replace(version=parameter._version)
+    def stepped(self, parameters: Sequence[Tensor]) -> None:
+        """The parameters as they are now are their masters' rounding: their owner has updated both."""
+        if any_sharded(parameters):
+            for parameter in parameters:
+                written(parameter)
+        self._versions.update(zip(parameters, map(VERSION, parameters), strict=True))
+        for parameter in self._shared and self._shared.intersection(parameters):
+            seen = self._entries[parameter].seen
+            if seen is not None:
+                seen.copy_(local(parameter).detach())
 
     @torch.no_grad()
     def publish(self, parameter: Tensor) -> None:
@@ -114,7 +122,7 @@ class MasterWeights:
         _round(ordered_like(self._entries[parameter].stored, weight), weight)
         if weight is not held:
             held.copy_(weight)
-        self.stepped(parameter)
+        self.stepped([parameter])
 
     @torch.no_grad()
     def read(self, parameter: Tensor) -> Tensor:
@@ -145,7 +153,9 @@ class MasterWeights:
     def drop(self, parameter: Tensor) -> None:
         """Forget the parameter's master."""
         self._entries.pop(parameter, None)
+        self._versions.pop(parameter, None)
         self._shared.discard(parameter)
+        self.replaced += 1
 
     def __contains__(self, parameter: Tensor) -> bool:
         return parameter in self._entries
@@ -161,7 +171,12 @@ class MasterWeights:
         """Keep `stored` for a parameter that is its rounding."""
         split = storage.dtype != torch.float32
         seen = local(parameter).detach().clone() if split and parameter in self._shared else None
-        self._entries[parameter] = _Entry(storage, stored, parameter._version, seen)
+        self._put(parameter, _Entry(storage, stored, seen))
+        self._versions[parameter] = parameter._version
+
+    def _put(self, parameter: Tensor, entry: _Entry) -> None:
+        self._entries[parameter] = entry
+        self.replaced += 1
 
     def _current(self, parameter: Tensor) -> _Entry | None:
         """The entry, after what somebody else wrote to the weight was taken over; None where all of it was."""
@@ -170,16 +185,20 @@ class MasterWeights:
             return None
         if entry.stored.is_inference() and not torch.is_inference_mode_enabled():  # loaded by `trainer.validate`
             seen = None if entry.seen is None else entry.seen.clone()
-            entry = self._entries[parameter] = entry._replace(stored=entry.stored.clone(), seen=seen)
+            entry = entry._replace(stored=entry.stored.clone(), seen=seen)
+            self._put(parameter, entry)
         held = local(parameter).detach()
         if entry.storage.dtype == torch.float32:
             stored = ordered_like(entry.stored, dense(held))
             _take_over(dense(held), stored)
-            self._entries[parameter] = entry._replace(stored=stored, version=parameter._version)
-        elif entry.version != parameter._version:
+            if stored is not entry.stored:
+                self._put(parameter, entry._replace(stored=stored))
+            self._versions[parameter] = parameter._version
+        elif self._versions[parameter] != parameter._version:
             self._shared.add(parameter)
             if entry.seen is None:
-                del self._entries[parameter]
+                del self._entries[parameter], self._versions[parameter]
+                self.replaced += 1
                 return None
             changed = held != entry.seen.to(held.device)
             stored = torch.where(changed, entry.storage.of_half(held), entry.stored.to(held.device))
@@ -192,7 +211,7 @@ class MasterWeights:
         return {"entries": entries, "shared": self._shared}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._entries, self._shared = {}, state["shared"]
+        self._entries, self._versions, self._shared, self.replaced = {}, {}, state["shared"], 0
         for parameter, (storage, stored) in state["entries"]:
             self._enter(parameter, storage, stored)  # a copied or unpickled parameter counts its versions anew
 

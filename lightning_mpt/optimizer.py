@@ -7,21 +7,25 @@ cannot do for fp16 gradients, and torch.optim.AdamW could only in half.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from .base import MasterOptimizer, class_in_front, device_name, refuse_sparse
+from .base import MasterOptimizer, class_in_front, refuse_sparse
 from .kernels.slots import Slot
 from .masters import MasterWeights
 from .pieces import dense
+from .ready import Ready
 from .shards import local, sharded_like
 from .state import MOMENTS, check_saved, checked_state, moment, new_state, to_fp32
 from .storage import HALF_DTYPES, MasterStorage, MomentStorage, master_storage, moment_storage
+
+KEPT_TURNS = 8
+"""So many times all parameters is what is kept ready at most, where another choice of them has gradients each time."""
 
 
 class MasterAdamW(MasterOptimizer, AdamW):
@@ -109,7 +113,7 @@ class MasterAdamW(MasterOptimizer, AdamW):
         """Be the optimizer again that was adopted."""
         for parameter, state in self.state.items():
             self.state[parameter] = self._state_outside(parameter, state)
-        for name in ("_kernels", "_slots"):
+        for name in ("_kernels", "_ready"):
             self.__dict__.pop(name, None)
         self.__class__ = self.__dict__.pop("_adopted_class")
         del self.storage, self.moments, self.masters, self.masters_in_module
@@ -137,11 +141,14 @@ class MasterAdamW(MasterOptimizer, AdamW):
                 loss = closure()
         self._opt_called = True  # asked by LRScheduler, for its advice on the order of calls
         for group in self.param_groups:
-            with_gradients = [parameter for parameter in group["params"] if parameter.grad is not None]
-            for parameter in with_gradients:
-                refuse_sparse(parameter.grad)
-            for _, parameters in groupby(sorted(with_gradients, key=device_name), key=device_name):
-                self._step(group, list(parameters))
+            by_device: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
+            for parameter in group["params"]:
+                if (gradient := parameter.grad) is not None:
+                    parameters, gradients = by_device.setdefault(parameter.device, ([], []))
+                    parameters.append(parameter)
+                    gradients.append(gradient)
+            for parameters, gradients in by_device.values():
+                self._step(group, parameters, gradients)
         return loss
 
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
@@ -163,29 +170,32 @@ class MasterAdamW(MasterOptimizer, AdamW):
             finite, and nothing has changed.
         """
         assert parameter.grad is not None
-        refuse_sparse(parameter.grad)
+        refuse_sparse([parameter.grad])
         found_inf, _ = self._kernel(parameter.device).scan_gradients([parameter.grad], norm=False)
         self.grad_scale, self.found_inf, self.clip_value = scale, found_inf, clip_value
         try:
-            self._step(group, [parameter])
+            self._step(group, [parameter], [parameter.grad])
         finally:
             del self.grad_scale, self.found_inf, self.clip_value
         return found_inf
 
-    def _step(self, group: dict[str, Any], parameters: Sequence[Tensor]) -> None:
+    def _step(self, group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor]) -> None:
         """Update the parameters of a group that have gradients and share a device."""
+        refuse_sparse(gradients)
         device = parameters[0].device
         found_inf = self._found_inf(device)
         if device.type == "cpu" and found_inf is not None:
             if found_inf:
                 return
             found_inf = None
-        slots = [self._slot(parameter, group["amsgrad"]) for parameter in parameters]
-        torch._foreach_add_([slot.step for slot in slots], 1 if found_inf is None else 1 - (found_inf != 0).float())
+        ready = self._ready_for(parameters, group["amsgrad"])
+        # Named by its keyword, which only torch's overload for tensors has: a number would be read from the device.
+        one = torch.ones((), dtype=torch.float32) if found_inf is None else (found_inf == 0).float()
+        torch._foreach_add_(ready.steps, one, alpha=1)
         lr = group["lr"]
         self._kernel(device).adamw_(
-            slots,
-            [local(parameter.grad) for parameter in parameters if parameter.grad is not None],
+            ready.slots,
+            list(map(local, gradients)) if ready.sharded else gradients,
             self.storage,
             self.moments,
             self._gradient_transform(device),
@@ -197,36 +207,25 @@ class MasterAdamW(MasterOptimizer, AdamW):
             maximize=group["maximize"],
             found_inf=found_inf,
         )
-        for parameter, slot in zip(parameters, slots, strict=True):
-            if slot.master is not None:
-                self.masters.stepped(parameter)
+        self.masters.stepped(ready.half)
 
-    _slots: dict[Tensor, Slot]
+    _ready: dict[Hashable, Ready]
+    """The newest last, by the ids of the parameters, which they keep."""
 
-    def _slot(self, parameter: Tensor, amsgrad: bool) -> Slot:
-        """All that the parameter's update needs; its state is made where there is none yet."""
-        slots = self.__dict__.setdefault("_slots", {})
-        known = slots.get(parameter)
-        if known is None or not self._still_holds(known, parameter, amsgrad):
-            if known is not None:
-                self.__dict__.pop("_kernels", None)  # they keep what they were given, and with it its memory
-            known = slots[parameter] = self._new_slot(parameter, amsgrad)
-        slot: Slot = known
-        return slot
-
-    def _still_holds(self, slot: Slot, parameter: Tensor, amsgrad: bool) -> bool:
-        """Whether a slot of an earlier step is still what `_new_slot` would make."""
-        state, held = self.state.get(parameter, {}), local(parameter)
-        return (
-            slot.weight.data_ptr() == held.data_ptr()
-            and slot.weight.stride() == held.stride()
-            and (slot.master is None or self.masters.holds(parameter, slot.master))
-            and state.get("step") is slot.step
-            and state.get("exp_avg") is slot.exp_avg.codes
-            and state.get("exp_avg_sq") is slot.exp_avg_sq.codes
-            and (slot.max_exp_avg_sq is not None) == amsgrad
-            and (slot.max_exp_avg_sq is None or state.get("max_exp_avg_sq") is slot.max_exp_avg_sq.codes)
-        )
+    def _ready_for(self, parameters: list[Tensor], amsgrad: bool) -> Ready:
+        """All that the parameters' update needs; their state is made where there is none yet."""
+        known = self.__dict__.setdefault("_ready", {})
+        key = (amsgrad, *map(id, parameters))
+        ready: Ready | None = known.get(key)
+        if ready is None or not ready.holds(self.state):
+            if ready is not None:
+                known.clear()  # they keep what they were made of, and with it its memory
+            slot_of = partial(self._new_slot, amsgrad=amsgrad)
+            ready = known[key] = Ready(parameters, slot_of, self.state, self.masters, amsgrad=amsgrad)
+            room = KEPT_TURNS * sum(len(group["params"]) for group in self.param_groups)
+            while sum(map(len, known.values())) > room and len(known) > 1:
+                del known[next(iter(known))]
+        return ready
 
     def _new_slot(self, parameter: Tensor, amsgrad: bool) -> Slot:
         state = self.state[parameter]
@@ -306,6 +305,7 @@ class MasterAdamW(MasterOptimizer, AdamW):
                 loaded[parameter] = checked_state(
                     state_dict["state"][saved_id], parameter, saved_id, amsgrad=group.get("amsgrad", False)
                 )
+        self.__dict__.pop("_ready", None)  # it keeps what is now replaced
         # Not torch's own way for the state: it would cast it to the parameters' half.
         super().load_state_dict({**state_dict, "state": {}})
         for parameter, state in loaded.items():

@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+PLAIN = frozenset((Tensor, nn.Parameter))
+"""What is certainly no DTensor."""
+
 
 class Layout(NamedTuple):
     """How a tensor is spread: a device mesh and a placement for each of its dimensions."""
@@ -21,6 +24,8 @@ class Layout(NamedTuple):
 
 def layout(tensor: Tensor) -> Layout | None:
     """A DTensor's layout, None of any other tensor."""
+    if type(tensor) in PLAIN:  # the usual case, without looking for what they have not
+        return None
     mesh = getattr(tensor, "device_mesh", None)
     return None if mesh is None else Layout(mesh, tuple(tensor.placements))  # type: ignore[attr-defined]
 
@@ -95,7 +100,7 @@ def norm_over_shards(norm: Tensor, spread: Layout | None) -> Tensor:
 
 def any_sharded(tensors: Sequence[Tensor]) -> bool:
     """Whether one of them is a DTensor."""
-    return any(layout(tensor) is not None for tensor in tensors)
+    return not PLAIN.issuperset(map(type, tensors)) and any(layout(tensor) is not None for tensor in tensors)
 
 
 def sharded_groups(module: nn.Module) -> dict[str, dict[str, nn.Parameter]]:

@@ -81,7 +81,7 @@ class _TrueGradients(TorchFunctionMode):
     def _read(self, parameter: Tensor) -> Tensor | None:
         gradient = parameter.grad
         if parameter not in self._true and gradient is not None:
-            refuse_sparse(gradient)
+            refuse_sparse([gradient])
             unscale = GradientTransform(self._scale.to(gradient.device, non_blocking=True).reciprocal())
             true = true_gradient(gradient, unscale, torch.empty_like(gradient, dtype=torch.float32))
             self._true[parameter], self._versions[true] = true, true._version

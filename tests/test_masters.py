@@ -67,7 +67,8 @@ def test_a_write_that_changes_nothing_leaves_the_master_as_it_is(storage: str) -
         with torch.no_grad():
             parameter.clamp_(-100.0, 100.0)
         assert torch.equal(masters.read(parameter), value)
-        assert masters.holds(parameter, masters.claim(parameter, master_storage(storage)))
+        masters.claim(parameter, master_storage(storage))
+        assert masters.untouched([parameter])
 
 
 def test_a_write_through_data_reaches_a_plain_master() -> None:
@@ -103,7 +104,7 @@ def test_masters_that_were_made_in_inference_mode_can_be_used_outside(storage: s
         masters.write(parameter, value.clone(), master_storage(storage))
     assert torch.equal(masters.read(parameter), value)
     masters.claim(parameter, master_storage(storage)).add_(0)
-    masters.stepped(parameter)
+    masters.stepped([parameter])
     assert torch.equal(masters.read(parameter), value)
 
 

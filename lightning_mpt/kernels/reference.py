@@ -18,6 +18,7 @@ smaller than a piece share one, since every call on a tensor has a price.
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from ..storage import MasterStorage, Moment, MomentStorage
 from ..storage.dither import STREAM_STRIDE, offset, ramp, signed
 from .gradients import scan_gradients, true_gradient
 from .packs import Layout, Pack, joined, packs
-from .slots import GradientTransform, Slot
+from .slots import GradientTransform, Slot, Slots
 
 
 class ReferenceKernel:
@@ -40,8 +41,8 @@ class ReferenceKernel:
 
     def __init__(self, model_numel: int = 0) -> None:
         self._model_numel = model_numel
-        self._packs: dict[Hashable, tuple[list[Pack], Sequence[Slot]]] = {}
-        """Kept from step to step, with the slots whose ids are in the key, so that these stay theirs."""
+        self._packs: WeakKeyDictionary[Slots, dict[Hashable, list[Pack]]] = WeakKeyDictionary()
+        """Kept from step to step, by the length of a piece and the gradients' dtypes."""
 
     def tables(self) -> Iterable[Tensor]:
         """What is kept on the device from step to step: nothing but views."""
@@ -70,7 +71,7 @@ class ReferenceKernel:
         """Update every slot in place. All tensors are on one device.
 
         Args:
-            slots: the parameters of one group.
+            slots: the parameters of one group. What is worked out for `Slots` is kept as long as they live.
             gradients: one for each, of any floating dtype, dense in layout, still scaled; only read.
             storage: how the masters of the half weights are stored.
             moments: how all moments are.
@@ -85,6 +86,7 @@ class ReferenceKernel:
         """
         if not slots:
             return
+        slots = Slots.of(slots)
         lossy = not (storage.exact and moments.exact)
         if lossy and found_inf is not None:
             if bool(found_inf):  # waits for the device: the kernel for CUDA does not
@@ -116,16 +118,17 @@ class ReferenceKernel:
                 slot.weight.copy_(weight)
 
     def _packs_of(
-        self, slots: Sequence[Slot], weights: Sequence[Tensor], gradients: Sequence[Tensor], length: int, block: int
+        self, slots: Slots, weights: Sequence[Tensor], gradients: Sequence[Tensor], length: int, block: int
     ) -> list[Pack]:
         dtypes = [gradient.dtype for gradient in gradients]
         if any(weight is not slot.weight for slot, weight in zip(slots, weights, strict=True)):
             copies = [slot._replace(weight=weight) for slot, weight in zip(slots, weights, strict=True)]
             return packs(copies, dtypes, length, block)
-        key = (length, *map(id, slots), *dtypes)
-        if key not in self._packs:
-            self._packs[key] = packs(slots, dtypes, length, block), slots
-        return self._packs[key][0]
+        kept = self._packs.setdefault(slots, {})
+        key = (length, *dtypes)
+        if key not in kept:
+            kept[key] = packs(slots, dtypes, length, block)
+        return kept[key]
 
 
 def _update(

@@ -1,5 +1,6 @@
 """What an update is given of each parameter, whichever kernel does it."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -31,6 +32,22 @@ class Slot(NamedTuple):
     def moments(self) -> list[Moment]:
         """The moments there are, exp_avg first."""
         return [moment for moment in (self.exp_avg, self.exp_avg_sq, self.max_exp_avg_sq) if moment is not None]
+
+
+class Slots(list[Slot]):
+    """The slots of parameters that step together, step after step.
+
+    A kernel keeps what it has worked out for these very slots as long as they live. So they never change: where
+    something of a parameter does, others are made.
+    """
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+    __eq__ = object.__eq__
+
+    @classmethod
+    def of(cls, slots: Sequence[Slot]) -> "Slots":
+        """The slots themselves if they are kept, else as such that last for one step."""
+        return slots if isinstance(slots, cls) else cls(slots)
 
 
 class GradientTransform(NamedTuple):

@@ -93,15 +93,15 @@ def workspace_bytes(environment: Mapping[str, str]) -> list[int]:
     """The sizes that the workspaces of cuBLAS and cuBLASLt may have: torch allocates them once and never frees them.
 
     By default (aten/src/ATen/cuda/CublasHandlePool.cpp) 4096 KiB x 8 on Hopper and Blackwell, 4096 KiB x 2 + 16 KiB x 8
-    elsewhere; else what `CUBLAS_WORKSPACE_CONFIG` (":KIB:COUNT", repeated) and `CUBLASLT_WORKSPACE_SIZE` (KiB) say.
+    elsewhere, and 1024 KiB of cuBLASLt; else what `CUBLAS_WORKSPACE_CONFIG` (":KIB:COUNT", repeated) and
+    `CUBLASLT_WORKSPACE_SIZE` (KiB) say.
     """
     sizes = [4096 * 8 * 1024, (4096 * 2 + 16 * 8) * 1024]
     config = environment.get("CUBLAS_WORKSPACE_CONFIG")
     if config:
         sizes = [sum(int(size) * int(count) * 1024 for size, count in re.findall(r":(\d+):(\d+)", config))]
     lt = environment.get("CUBLASLT_WORKSPACE_SIZE", "")
-    if lt.isdigit():
-        sizes.append(int(lt) * 1024)
+    sizes.append((int(lt) if lt.isdigit() else 1024) * 1024)
     return [size for size in sizes if size > 0]
 
 

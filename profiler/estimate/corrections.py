@@ -23,8 +23,9 @@ aten = torch.ops.aten
 
 BLOCK_BYTES = 512
 """What the caching allocator rounds up to (`kMinBlockSize`)."""
-CUBLAS_WORKSPACE_BYTES = 32 * 2**20
-"""Of cuBLAS on Hopper and later, allocated once and kept; 8.1 MiB before (aten/src/ATen/cuda/CublasHandlePool.cpp)."""
+CUBLAS_WORKSPACE_BYTES = 2 * 32 * 2**20 + 2**20
+"""Allocated once and kept: of cuBLAS on Hopper and later 32 MiB for each thread that uses it, which are forward's and
+backward's (8.1 MiB each before); and cuBLASLt's (aten/src/ATen/cuda/CublasHandlePool.cpp; seen on an H100)."""
 HALF = (torch.float16, torch.bfloat16)
 
 AUTOCAST_TO_FP32 = (
@@ -90,7 +91,7 @@ def unknowns(module: nn.Module) -> list[str]:
     notes = [
         "Estimated, not measured. Left out: the CUDA context, fragmentation and unsplit remainders of large blocks, "
         "what a kernel allocates and frees within itself, and memory of Triton and custom CUDA extensions.",
-        f"cuBLAS's workspace is counted as {CUBLAS_WORKSPACE_BYTES // 2**20} MiB, as on Hopper; older GPUs take 8.",
+        f"cuBLAS's workspaces are counted as {CUBLAS_WORKSPACE_BYTES // 2**20} MiB, as on Hopper; older GPUs take 17.",
     ]
     parts = list(module.modules())
     if any(isinstance(part, nn.RNNBase) for part in parts):

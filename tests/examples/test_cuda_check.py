@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -34,19 +33,22 @@ def test_without_a_gpu_it_says_so_on_one_line_and_exits_2(tmp_path: Path) -> Non
 def test_a_piece_that_fails_hangs_or_finds_no_time_leaves_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run_piece(name: str, limit_s: float) -> dict[str, Any]:
-        code = {"good": "pass", "bad": "print('broke'); raise SystemExit(3)", "hangs": "import time; time.sleep(60)"}
-        status, output = cuda.run_guarded([sys.executable, "-c", code[name]], limit_s, tmp_path)
-        if status == 0:
-            return {"summary": "found", "trace": "{}"}
-        return {"error": cuda.failure(status, limit_s), "output_tail": output}
+    code = {"good": "pass", "bad": "print('broke'); raise SystemExit(3)", "hangs": "import time; time.sleep(60)"}
+    written = 'import json, sys; open(sys.argv[1], "w").write(json.dumps({"summary": "found", "trace": "{}"}))'
+
+    class Started(cuda.Started):
+        def __init__(self, name: str) -> None:
+            super().__init__("none")
+            self._process.end()
+            command = [sys.executable, "-c", f"import sys; sys.stdin.read(); {code[name]}; {written}", self._answer]
+            self._process = cuda.Guarded([str(part) for part in command], tmp_path)
 
     here = {"command": "python -m benchmarks.cuda", "gpu": {"name": "A GPU"}}
     pieces = [cuda.Piece("bad", 9.0), cuda.Piece("hangs", 5.0), cuda.Piece("good", 9.0), cuda.Piece("good", 1.0)]
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(cuda, "environment", lambda *_: here)
     monkeypatch.setattr(cuda, "plan", lambda: pieces)
-    monkeypatch.setattr(cuda, "run_piece", run_piece)
+    monkeypatch.setattr(cuda, "Started", Started)
     monkeypatch.setattr(cuda, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(cuda, "FIXTURES", tmp_path / "fixtures")
 
@@ -87,6 +89,7 @@ def _cpu_for_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "SHAPES": {"10M": {"width": 16, "layers": 1}},
         "cuda_clock": wall_clock,
         "synchronizes": lambda call: "none",
+        "behind": lambda call, host_s: lambda: wall_clock(call),
     }.items():
         monkeypatch.setattr(cuda_pieces, name, value)
     monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
@@ -95,7 +98,8 @@ def _cpu_for_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("_cpu_for_cuda")
 @pytest.mark.parametrize(
-    "piece", ["train:short:32-true", "train:short:mpt-bf16-true:compact", "step:10M", "tensors:10", "trace"]
+    "piece",
+    ["train:short:32-true", "train:short:mpt-bf16-true:compact", "step:10M", "tensors:10", "trace", "recording:short"],
 )
 def test_every_kind_of_piece_runs(piece: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cuda_pieces.main(piece, str(tmp_path / "answer.json"))
@@ -105,6 +109,9 @@ def test_every_kind_of_piece_runs(piece: str, tmp_path: Path, capsys: pytest.Cap
         assert len(found["cases"]) == 11
         assert list(found["left_out"]) == ["flashoptim 24 bits and 8, bf16"]  # not installed, or not for a CPU
         assert all(case["median_s"] > 0 for case in found["cases"].values())
+    elif piece.startswith("recording"):
+        assert found["recording"] > 0
+        assert found["not_recording"] > 0
     else:
         assert found.get("error") is None
         assert sum(found["categories"].values()) == found["peak_bytes"]

@@ -1,10 +1,10 @@
 """From parameters to one launch: tables of addresses, kept from step to step, and the kernel's options."""
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from functools import partial
-from itertools import groupby
+from collections.abc import Hashable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import triton.language as tl
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...pieces import dense, ordered_like
 from ...storage import MasterStorage, Moment, MomentStorage
-from ..slots import GradientTransform, Slot
+from ..slots import GradientTransform, Slot, Slots
 from .formats import ITSELF, MASTER_FORMATS, MOMENT_FORMATS
 from .scan import scan_kernel
 from .update import adamw_kernel
@@ -22,9 +22,10 @@ BLOCK = 2048
 TAIL = 256
 SCAN_BLOCK = 8192
 KEPT_BYTES = 2**26
-"""Tables of parameters that are not updated any more go once all are larger than this."""
-KEPT_TABLES = 8
+"""Tables for gradients that are not there any more go once all are larger than this."""
+KEPT_SCANS = 8
 """But not the newest."""
+DTYPE = attrgetter("dtype")
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 COMPILE_OPTIONS = {"num_warps": 4, "maxnreg": 128, "enable_fp_fusion": False}
 """128 registers for 128 threads: four programs at least share a multiprocessor, and nothing spills. Without fused
@@ -33,15 +34,25 @@ multiply-adds, which the compiler would place differently around each format, al
 
 
 class TritonKernel:
-    """The kernels for one optimizer's tensors on one device. See `kernels/reference.py` for what is what."""
+    """The kernels for one optimizer's tensors on one device. See `kernels/reference.py` for what is what.
+
+    The host spends about a microsecond a tensor and step: what does not change is worked out once, and whether it has
+    changed is asked of all tensors at a time.
+    """
 
     def __init__(self) -> None:
-        self._tables: dict[Hashable, tuple[Any, ...]] = {}
-        """Tensors first, then what must live as long as they."""
+        self._updates: WeakKeyDictionary[Slots, dict[Hashable, list[_Update]]] = WeakKeyDictionary()
+        """By the gradients' dtypes and the kernel's options."""
+        self._scans: dict[Hashable, _Tiles] = {}
 
     def tables(self) -> Iterator[Tensor]:
         """What is kept on the device from step to step."""
-        return (item for entry in self._tables.values() for item in entry if isinstance(item, Tensor))
+        for tiles in self._scans.values():
+            yield from tiles.tables()
+        for kept in self._updates.values():
+            for updates in kept.values():
+                for update in updates:
+                    yield from update.tables()
 
     def adamw_(
         self,
@@ -74,95 +85,151 @@ class TritonKernel:
             "weight_decay": float(weight_decay),
             "clip_value": 0.0 if clip_value is None else float(clip_value),
         }
-        pairs = [pair for pair in zip(slots, gradients, strict=True) if pair[1].numel()]
-        for (dtype, gradient_dtype), alike in groupby(sorted(pairs, key=_dtypes_name), key=_dtypes):
-            some_slots, some_gradients = (list(column) for column in zip(*alike, strict=True))
-            options = specialization(
-                dtype,
-                gradient_dtype,
-                storage.name,
-                moments.name,
-                amsgrad=some_slots[0].max_exp_avg_sq is not None,
-                clip=clip_value is not None,
-                decoupled=decoupled,
-                maximize=maximize,
-            )
-            # A weight that is not dense is updated as a dense copy; so is a gradient that lies otherwise.
-            weights = [dense(slot.weight) for slot in some_slots]
-            ordered = [ordered_like(g, weight) for g, weight in zip(some_gradients, weights, strict=True)]
-            device = weights[0].device
-            key = ("slots", *map(id, some_slots), *(weight.data_ptr() for weight in weights))
-            table, _ = self._kept(key, partial(_slot_table, some_slots, weights))
-            addresses = self._addresses(("gradients", *key), ordered)
-            owners, numbers = self._tiles([weight.numel() for weight in weights], BLOCK, device)
-            adamw_kernel[(len(owners),)](
-                table, addresses, owners, numbers, **hyperparameters, **options, **COMPILE_OPTIONS
-            )
-            for slot, weight in zip(some_slots, weights, strict=True):
-                if weight is not slot.weight:
-                    slot.weight.copy_(weight)
-            # Autograd, and whoever keeps masters, notice writes by a tensor's version; a kernel's must be counted too.
-            torch.autograd.graph.increment_version([slot.weight for slot in some_slots])
+        options = {
+            "master_weights": storage.name,
+            "optimizer_state": moments.name,
+            "clip": clip_value is not None,
+            "decoupled": decoupled,
+            "maximize": maximize,
+        }
+        for update in self._updates_of(Slots.of(slots), gradients, options):
+            update.launch(gradients, hyperparameters)
 
     def scan_gradients(self, gradients: Sequence[Tensor], *, norm: bool) -> tuple[Tensor, Tensor | None]:
         """One read of all gradients. As `scan_gradients` of the reference."""
         squares: list[Tensor] = []
         flags: list[Tensor] = []
-        filled = [dense(gradient) for gradient in gradients if gradient.numel()]
-        for dtype, alike in groupby(sorted(filled, key=_dtype_name), key=lambda gradient: gradient.dtype):
-            some = list(alike)
-            device = some[0].device
-            sizes = tuple(gradient.numel() for gradient in some)
-            (size_table,) = self._kept(("sizes", *sizes), lambda: (_on_device(sizes, device),))  # noqa: B023
-            owners, numbers = self._tiles(sizes, SCAN_BLOCK, device)
-            square, flag = torch.empty(2, len(owners), dtype=torch.float32, device=device)
-            scan_kernel[(len(owners),)](
-                self._addresses(("scanned", *sizes), some), size_table, owners, numbers, square, flag,
+        for dtype, some in _by_dtype(gradients).items():
+            if not all(map(Tensor.is_contiguous, some)):
+                some = [dense(gradient) for gradient in some]
+            tiles = self._tiles(dtype, some)
+            square, flag = torch.empty(2, tiles.count, dtype=torch.float32, device=some[0].device)
+            scan_kernel[(tiles.count,)](
+                tiles.addresses_of(some), tiles.sizes, tiles.owners, tiles.numbers, square, flag,
                 GRADIENT=TYPES[dtype], BLOCK=SCAN_BLOCK, **COMPILE_OPTIONS,
             )  # fmt: skip
             squares.append(square)
             flags.append(flag)
-        if not filled:
+        if not flags:
             zero = torch.zeros((), dtype=torch.float32, device=gradients[0].device)
             return zero, zero if norm else None
-        found_inf = torch.cat(flags).amax()
-        return found_inf, torch.cat(squares).sum().sqrt() if norm else None
+        return _joined(flags).amax(), _joined(squares).sum().sqrt() if norm else None
 
-    def _addresses(self, key: Hashable, tensors: Sequence[Tensor]) -> Tensor:
+    def _updates_of(self, slots: Slots, gradients: Sequence[Tensor], options: dict[str, Any]) -> "list[_Update]":
+        kept = self._updates.get(slots)
+        if kept is None:
+            kept = self._updates[slots] = {}
+        key = (*options.values(), *map(DTYPE, gradients))
+        updates = kept.get(key)
+        if updates is None:
+            alike: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
+            for index, (slot, gradient) in enumerate(zip(slots, gradients, strict=True)):
+                if gradient.numel():
+                    alike.setdefault((slot.weight.dtype, gradient.dtype), []).append(index)
+            updates = [
+                _Update(slots, indices, specialization(*dtypes, amsgrad=_amsgrad(slots), **options))
+                for dtypes, indices in alike.items()
+            ]
+            kept[key] = updates
+        return updates
+
+    def _tiles(self, dtype: torch.dtype, gradients: Sequence[Tensor]) -> "_Tiles":
+        sizes = tuple(map(Tensor.numel, gradients))
+        tiles = self._scans.get((dtype, sizes))
+        if tiles is None:
+            tiles = self._scans[dtype, sizes] = _Tiles(sizes, SCAN_BLOCK, gradients[0].device)
+            self._forget_scans()
+        return tiles
+
+    def _forget_scans(self) -> None:
+        if len(self._scans) <= KEPT_SCANS:
+            return
+        held = sum(table.nbytes for tiles in self._scans.values() for table in tiles.tables())
+        while held > KEPT_BYTES and len(self._scans) > KEPT_SCANS:
+            oldest = self._scans.pop(next(iter(self._scans)))
+            held -= sum(table.nbytes for table in oldest.tables())
+
+
+class _Tiles:
+    """The tiles of tensors of these sizes, which programs work on, one each: tables on the device.
+
+    Attributes:
+        owners: which tensor each tile is of, and `numbers` which of that tensor's tiles: int32.
+        sizes: the tensors' elements: int64.
+    """
+
+    def __init__(self, sizes: Sequence[int], block: int, device: torch.device) -> None:
+        counts = torch.tensor([-(-size // block) for size in sizes])
+        owners = torch.arange(len(sizes)).repeat_interleave(counts)
+        firsts = (counts.cumsum(0) - counts)[owners]
+        self.count = len(owners)
+        self.owners = _to_device(owners.int(), device)
+        self.numbers = _to_device((torch.arange(self.count) - firsts).int(), device)
+        self.sizes = _on_device(sizes, device)
+        self._addresses: list[int] = []
+        self._table: Tensor | None = None
+
+    def tables(self) -> Iterator[Tensor]:
+        yield from (self.owners, self.numbers, self.sizes)
+        if self._table is not None:
+            yield self._table
+
+    def addresses_of(self, tensors: Sequence[Tensor]) -> Tensor:
         """A table of where the tensors are. Gradients often lie where they lay a step ago, and it is still right."""
-        addresses = tuple(tensor.data_ptr() for tensor in tensors)
-        kept = self._tables.get(key)
-        if kept is None or kept[1] != addresses:
-            self._keep(key, (_on_device(addresses, tensors[0].device), addresses))
-        table: Tensor = self._tables[key][0]
-        return table
+        addresses = list(map(Tensor.data_ptr, tensors))
+        if self._table is None or addresses != self._addresses:
+            self._addresses, self._table = addresses, _on_device(addresses, self.owners.device)
+        return self._table
 
-    def _tiles(self, sizes: Sequence[int], block: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """For every program: which tensor it works on, and which tile of it. Two of int32."""
 
-        def make() -> tuple[Tensor, Tensor]:
-            counts = torch.tensor([-(-size // block) for size in sizes])
-            owners = torch.arange(len(sizes)).repeat_interleave(counts)
-            firsts = (counts.cumsum(0) - counts)[owners]
-            numbers = torch.arange(len(owners)) - firsts
-            return _to_device(owners.int(), device), _to_device(numbers.int(), device)
+class _Update:
+    """One launch of the update kernel, for the slots of some indices: all that stays the same from step to step."""
 
-        owners, numbers = self._kept(("tiles", block, *sizes), make)
-        return owners, numbers
+    def __init__(self, slots: Slots, indices: list[int], options: dict[str, Any]) -> None:
+        self._options = options
+        self._indices = None if len(indices) == len(slots) else indices
+        self._weights = [slots[index].weight for index in indices]
+        patterns = [dense(weight) for weight in self._weights]
+        self._strides = list(map(Tensor.stride, patterns))
+        self._tiles = _Tiles(list(map(Tensor.numel, patterns)), BLOCK, patterns[0].device)
+        self._rows = [_row(slots[index]) for index in indices]
+        # A weight that is not dense is updated as a dense copy, which is made anew in each step.
+        self._scattered = [
+            place
+            for place, (weight, pattern) in enumerate(zip(self._weights, patterns, strict=True))
+            if weight is not pattern
+        ]
+        self._table = _on_device([number for row in self._rows for number in row], patterns[0].device)
 
-    def _kept(self, key: Hashable, make: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
-        """What `make` gives, made once. What the key's ids stand for must be in it, so that they stay theirs."""
-        if key not in self._tables:
-            self._keep(key, make())
-        return self._tables[key]
+    def tables(self) -> Iterator[Tensor]:
+        yield from self._tiles.tables()
+        yield self._table
 
-    def _keep(self, key: Hashable, entry: tuple[Any, ...]) -> None:
-        self._tables.pop(key, None)
-        self._tables[key] = entry
-        held = sum(table.nbytes for table in self.tables()) if len(self._tables) % KEPT_TABLES == 0 else 0
-        while held > KEPT_BYTES and len(self._tables) > KEPT_TABLES:
-            oldest = self._tables.pop(next(iter(self._tables)))
-            held -= sum(item.nbytes for item in oldest if isinstance(item, Tensor))
+    def launch(self, gradients: Sequence[Tensor], hyperparameters: dict[str, Any]) -> None:
+        """Update the weights in place, with the gradients of all slots."""
+        if self._indices is not None:
+            gradients = [gradients[index] for index in self._indices]
+        copies = {place: self._weights[place].contiguous() for place in self._scattered}
+        if list(map(Tensor.stride, gradients)) != self._strides:
+            gradients = [
+                ordered_like(gradient, copies.get(place, weight))
+                for place, (gradient, weight) in enumerate(zip(gradients, self._weights, strict=True))
+            ]
+        table = self._table
+        if copies:
+            rows = [
+                (copies[place].data_ptr(), *row[1:]) if place in copies else row for place, row in enumerate(self._rows)
+            ]
+            table = _on_device([number for row in rows for number in row], table.device)
+        tiles = self._tiles
+        adamw_kernel[(tiles.count,)](
+            table, tiles.addresses_of(gradients), tiles.owners, tiles.numbers, **hyperparameters, **self._options,
+            **COMPILE_OPTIONS,
+        )  # fmt: skip
+        for place, copy in copies.items():
+            self._weights[place].copy_(copy)
+        # Autograd, and whoever keeps masters, notice writes by a tensor's version; a kernel's must be counted too.
+        torch.autograd.graph.increment_version(self._weights)
 
 
 def specialization(
@@ -195,13 +262,11 @@ def specialization(
     }
 
 
-def _slot_table(slots: Sequence[Slot], weights: Sequence[Tensor]) -> tuple[Tensor, Sequence[Slot]]:
-    """The table of the update kernel; and the slots, to be kept with it."""
-    rows = []
-    for slot, weight in zip(slots, weights, strict=True):
-        moments = [number for stored in (slot.exp_avg, slot.exp_avg_sq, slot.max_exp_avg_sq) for number in _two(stored)]
-        rows += [weight.data_ptr(), _address(slot.master), *moments, slot.step.data_ptr(), weight.numel()]
-    return _on_device(rows, weights[0].device), slots
+def _row(slot: Slot) -> tuple[int, ...]:
+    """A parameter's numbers in the update kernel's table."""
+    moments = [number for stored in (slot.exp_avg, slot.exp_avg_sq, slot.max_exp_avg_sq) for number in _two(stored)]
+    weight = slot.weight
+    return (weight.data_ptr(), _address(slot.master), *moments, slot.step.data_ptr(), weight.numel())
 
 
 def _two(stored: Moment | None) -> tuple[int, int]:
@@ -231,13 +296,20 @@ def _log(beta: float) -> float:
     return math.log(beta) if beta > 0 else -math.inf
 
 
-def _dtypes(pair: tuple[Slot, Tensor]) -> tuple[torch.dtype, torch.dtype]:
-    return pair[0].weight.dtype, pair[1].dtype
+def _amsgrad(slots: Slots) -> bool:
+    return slots[0].max_exp_avg_sq is not None
 
 
-def _dtypes_name(pair: tuple[Slot, Tensor]) -> str:
-    return str(_dtypes(pair))
+def _by_dtype(gradients: Sequence[Tensor]) -> dict[torch.dtype, Sequence[Tensor]]:
+    """The gradients that have elements, by dtype."""
+    if all(map(Tensor.numel, gradients)) and len(set(map(DTYPE, gradients))) == 1:
+        return {gradients[0].dtype: gradients}
+    alike: dict[torch.dtype, list[Tensor]] = {}
+    for gradient in gradients:
+        if gradient.numel():
+            alike.setdefault(gradient.dtype, []).append(gradient)
+    return alike  # type: ignore[return-value]
 
 
-def _dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype)
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
