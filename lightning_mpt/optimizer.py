@@ -189,9 +189,10 @@ class MasterAdamW(MasterOptimizer, AdamW):
                 return
             found_inf = None
         ready = self._ready_for(parameters, group["amsgrad"])
-        # Named by its keyword, which only torch's overload for tensors has: a number would be read from the device.
-        one = torch.ones((), dtype=torch.float32) if found_inf is None else (found_inf == 0).float()
-        torch._foreach_add_(ready.steps, one, alpha=1)
+        if found_inf is None:
+            torch._foreach_add_(ready.steps, 1)
+        else:  # with `alpha`, which only the overload for tensors has: that for numbers would wait for the device
+            torch._foreach_add_(ready.steps, (found_inf == 0).float(), alpha=1)
         lr = group["lr"]
         self._kernel(device).adamw_(
             ready.slots,
