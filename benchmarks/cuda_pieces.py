@@ -45,15 +45,16 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 DEVICE = "cuda"
 """Said once: the tests put the CPU in its place, so that a slip here is not found on a rented GPU."""
-MODEL, VOCAB_SIZE = "small", 50304
-"""What the `train` pieces train: GPT-2 with 124 million parameters."""
-LENGTHS = {"long": (8, 1024), "short": (4, 128)}
-"""Batch size and tokens per sequence. Most of the memory is activations in the long case, the model in the short."""
+VOCAB_SIZE = 50304
+CASES = {"long": ("small", 8, 1024, 25), "short": ("small", 4, 128, 25), "xl": ("xl", 4, 1024, 14)}
+"""What is trained: the size of GPT-2 (small has 124 million parameters, xl 1.5 billion), batch size, tokens per
+sequence, and steps: two to warm up, three recorded, the others timed. In the long case most of the memory is
+activations, in the short one the model."""
 COPY, COPY_BYTES = "device copy of 1 GiB", 2**30
 CLOCK_HZ = 2e9
 """At least as fast as any GPU's clock, by which it is told how long to wait."""
-STEPS = 25
-"""Training steps of a `train` piece: two to warm up, three recorded, the others timed."""
+UNTIMED_STEPS = 8
+"""The first of all, and those that are recorded."""
 
 
 class Losses(L.Callback):
@@ -70,9 +71,10 @@ def train(length: str, precision: str) -> dict[str, Any]:
     """Train GPT-2: its peak by category, its step time and its losses."""
     quiet_lightning()
     L.seed_everything(0, verbose=False)
-    batch_size, seq_len = LENGTHS[length]
-    module = GPTModule(MODEL, vocab_size=VOCAB_SIZE, seq_len=1024, lr=3e-4, steps=STEPS, warmup_steps=5)
-    data = ByteText(seq_len=seq_len, batch_size=batch_size, steps=STEPS)
+    size, batch_size, seq_len, steps = CASES[length]
+    with torch.device(DEVICE):
+        module = GPTModule(size, vocab_size=VOCAB_SIZE, seq_len=1024, lr=3e-4, steps=steps, warmup_steps=5)
+    data = ByteText(seq_len=seq_len, batch_size=batch_size, steps=steps)
     clock, losses, profiler = StepClock(), Losses(), MemoryProfiler(tempfile.mkdtemp(), warmup_steps=2, steps=3)
     trainer = L.Trainer(
         accelerator=DEVICE,
@@ -87,7 +89,7 @@ def train(length: str, precision: str) -> dict[str, Any]:
     )
     trainer.fit(module, data)
     report = profiler.report
-    step_s = Timing.of(clock.seconds()[8:]).median_s
+    timing = Timing.of(clock.seconds()[UNTIMED_STEPS:])
     found = {
         "parameters": sum(p.numel() for p in module.parameters()),
         "batch_size": batch_size,
@@ -97,14 +99,15 @@ def train(length: str, precision: str) -> dict[str, Any]:
         "categories": plain(report.categories),
         "phases": plain(report.phases),
         "allocator_peak_bytes_of_the_run": torch.cuda.max_memory_allocated(),
-        "step_s": step_s,
+        "step_s": timing.median_s,
+        "step_p20_s": timing.p20_s,
+        "step_p80_s": timing.p80_s,
         "losses": [round(loss.item(), 4) if loss.isfinite() else None for loss in losses.losses],
         "skipped_steps": getattr(trainer.precision_plugin, "skipped_steps", None),
         "loss_scale": getattr(trainer.precision_plugin, "loss_scale", None),
     }
-    found["summary"] = (
-        f"peak {report.peak_bytes / 2**30:.3f} GiB, step {step_s * 1e3:.1f} ms, last loss {found['losses'][-1]}"
-    )
+    peak, step, last = f"{report.peak_bytes / 2**30:.3f} GiB", f"{1e3 * timing.median_s:.1f} ms", found["losses"][-1]
+    found["summary"] = f"peak {peak}, step {step}, last loss {last}"
     return found
 
 
@@ -251,8 +254,8 @@ def _itself(timed: Callable[[], object]) -> float:
 
 def recording(length: str) -> dict[str, Any]:
     """What recording costs: step times of GPT-2 without a recorder, with one that records, and one that is done."""
-    batch_size, seq_len = LENGTHS[length]
-    module = GPTModule(MODEL, vocab_size=VOCAB_SIZE, seq_len=1024).to(DEVICE)
+    size, batch_size, seq_len, _ = CASES[length]
+    module = GPTModule(size, vocab_size=VOCAB_SIZE, seq_len=1024).to(DEVICE)
     tokens = torch.randint(0, 256, (batch_size, seq_len + 1), device=DEVICE)
 
     def training() -> tuple[torch.nn.Module, torch.optim.Optimizer, Callable[[], None]]:

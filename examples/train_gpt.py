@@ -53,6 +53,7 @@ SIZES = {
     "tiny": Size(layers=4, heads=4, width=256),  # for two CPU cores
     "small": Size(layers=12, heads=12, width=768),  # GPT-2's smallest
     "medium": Size(layers=24, heads=16, width=1024),
+    "xl": Size(layers=48, heads=25, width=1600),  # GPT-2's largest, of 1.5 billion parameters
 }
 
 

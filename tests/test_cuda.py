@@ -20,6 +20,7 @@ from lightning_mpt.storage import master_storage, moment_storage
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning"),
 ]
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -28,8 +29,8 @@ HALVES = (torch.bfloat16, torch.float16)
 def no_waiting() -> Iterator[None]:
     """Within, a call that makes the host wait for the device raises."""
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)

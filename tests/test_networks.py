@@ -33,7 +33,7 @@ CONVNET = Network("AlexNet", convnet, {"images": ((3, 32, 32), None), "labels": 
 
 @pytest.mark.parametrize("network", [small_gpt2(), CONVNET], ids=["gpt2", "convnet"])
 def test_the_largest_batch_fits_and_a_few_more_do_not(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(networks, "MEMORIES", {"few": 10**8, "many": 4 * 10**8})
+    monkeypatch.setattr(networks, "MEMORIES", {"few": 2 * 10**8, "many": 6 * 10**8})
     row = networks.row(network, "mpt-16-true")
     for name, size in row["largest_batch"].items():
         fits, more = (

@@ -80,10 +80,8 @@ def _cpu_for_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     for name, value in {
         "DEVICE": "cpu",
-        "MODEL": "nano",
         "VOCAB_SIZE": 256,
-        "LENGTHS": {"short": (2, 16)},
-        "STEPS": 12,
+        "CASES": {"short": ("nano", 2, 16, 12)},
         "COPY_BYTES": 2**20,
         "TENSORS_PARAMETERS": 1000,
         "SHAPES": {"10M": {"width": 16, "layers": 1}},

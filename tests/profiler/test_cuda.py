@@ -1,5 +1,6 @@
 """The profiler on a GPU: the replayed history against the allocator's own statistics."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from training import fit
 
 from lightning_mpt import MasterWeightPrecision
 from lightning_mpt.profiler import Category, MemoryProfiler, MemoryRecorder, MemoryReport
+from lightning_mpt.profiler.collect.sources import CUDASource
 
 from .loops import gpt2, mlp
 
@@ -17,6 +19,13 @@ pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+
+
+def bytes_in_no_workspace() -> int:
+    """What other tests of this process have left on the device, libraries' workspaces apart."""
+    gc.collect()
+    source = CUDASource(torch.device("cuda"))
+    return sum(block.bytes for block in source.live_blocks() if block.requested_bytes not in source.workspace_bytes)
 
 
 def record(tmp_path: Path | None = None, *, half: bool = False) -> tuple[MemoryReport, dict[str, int]]:
@@ -58,6 +67,7 @@ def test_every_byte_of_a_network_has_its_name(
     name: str, precision: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # where the report goes
+    of_others = bytes_in_no_workspace()
     module, batch = zoo.make(name)
     profiler = MemoryProfiler(warmup_steps=4, steps=2)
     plugin = None if precision == "32-true" else MasterWeightPrecision(precision)
@@ -68,7 +78,7 @@ def test_every_byte_of_a_network_has_its_name(
     # Nearly all of so small a network's peak is cuBLAS's workspaces: of the rest too all is named.
     assert report.health is not None
     own = report.peak_bytes - report.health.workspace_bytes
-    assert report.categories[Category.UNATTRIBUTED] <= 0.01 * own
+    assert report.categories[Category.UNATTRIBUTED] <= 0.01 * own + of_others
     assert report.modules
 
 
