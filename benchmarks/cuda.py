@@ -46,8 +46,9 @@ PRECISIONS = (
     "bf16-true",
 )
 MARK = "pytest.mark.cuda"
-QUIET = ("-p", "no:cacheprovider", "-p", "no:benchmark")
-"""For pytest. A plugin for benchmarks, where there is one, warns where tests run side by side."""
+QUIET = ("-p", "no:cacheprovider", "-p", "no:benchmark", "--tb=short", "--show-capture=no")
+"""For pytest: what fails is told in few lines, so that all of it is kept. A plugin for benchmarks, where there is one,
+warns where tests run side by side."""
 MANY_CPUS = 8
 """With so many, what starts disturbs nothing."""
 

@@ -15,8 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import words
+from benchmarks import cuda_words, words
 from benchmarks.common import RESULTS, ROOT
+from benchmarks.words import table
 
 PAGES = (ROOT / "README.md", ROOT / "docs" / "numbers.md")
 BLOCK = re.compile(r"(<!-- numbers: (?P<name>[\w-]+) -->\n).*?(<!-- /numbers -->)", re.DOTALL)
@@ -300,6 +301,10 @@ NUMBERS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "fits": ("networks", words.fits),
     "speed": ("throughput_*", words.speed),
     "networks-measured": ("networks_cuda", networks_measured),
+    "cuda-steps": ("cuda-*", cuda_words.steps),
+    "cuda-trained": ("cuda-*", cuda_words.trained),
+    "cuda-tests": ("cuda-*", cuda_words.tests),
+    "cuda-speed": ("cuda-*", cuda_words.speed),
     "lightning-suite": ("lightning_suite", lightning_suite),
 }
 MODULES = {
@@ -310,13 +315,8 @@ MODULES = {
     "ablation_cpu": "ablation",
     "throughput_*": "throughput",
     "networks_cuda": "networks --measure",
+    "cuda-*": "cuda",
 }
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

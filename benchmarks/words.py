@@ -1,5 +1,6 @@
 """Kept results in a sentence or two each, for the pages that have room for no table."""
 
+from collections.abc import Sequence
 from typing import Any
 
 EXACT = "mpt exact (split)"
@@ -15,7 +16,7 @@ def step_range(result: dict[str, Any]) -> str:
 
     small = max(row["times_the_reference"] for row in result["time"] if row["case"] == EXACT and row["device"] == "cpu")
     return (
-        f"A step there takes {span(EXACT)} times torch's fused FP32 AdamW (`float32` masters: "
+        f"A step takes {span(EXACT)} times torch's fused FP32 AdamW (`float32` masters: "
         f"{span('mpt float32 masters')}; up to {small:.1f} over many small tensors), a few per cent of a training\n"
         "step. `compact` takes many times more: it trades time on a CPU for memory. The update for CPUs is written\n"
         "to be right, the fast one is for the GPU." + source(result)
@@ -95,3 +96,9 @@ def _run(where: dict[str, Any]) -> str:
         f"{device}, torch {where['versions']['torch']}, commit {where['commit'][:10]}, {where['date'][:10]}: "
         f"`{where['command']}`"
     )
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

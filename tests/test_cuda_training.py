@@ -113,6 +113,8 @@ def test_a_compiled_network_trains_as_in_fp32() -> None:
     assert sum(ours.losses[-10:]) == pytest.approx(sum(fp32.losses[-10:]), rel=0.15)
 
 
+# Lightning makes the DistributedDataParallel on a stream of its own.
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream does not match:UserWarning")
 def test_ddp_of_one_rank_over_nccl() -> None:
     alone, ranked = Classifier(mlp()), Classifier(mlp())
     fit(alone, classification(8), MasterWeightPrecision("16-true"), **CUDA)
@@ -157,7 +159,7 @@ def test_out_of_memory_prints_the_table_of_that_moment(
     assert report is not None
     assert sum(report.categories.values()) == report.peak_bytes
     assert report.categories[Category.OPTIMIZER_STATE] > 0
-    assert "1.00 TiB" in capsys.readouterr().out  # what was asked for
+    assert "1.00 TiB more was asked for" in capsys.readouterr().err
     assert not torch._C._cuda_isHistoryEnabled()
 
 
