@@ -34,6 +34,7 @@ from benchmarks.profiler import step_cost
 from benchmarks.step_clock import StepClock
 from examples.train_gpt import ByteText, GPTModule, quiet_lightning
 from lightning_mpt import PRESETS, MasterAdamW
+from lightning_mpt.cross_entropy import cross_entropy
 from lightning_mpt.precisions import trainer_arguments
 from lightning_mpt.profiler import MemoryProfiler
 
@@ -51,6 +52,7 @@ CASES = {"long": ("small", 8, 1024, 25), "short": ("small", 4, 128, 25), "xl": (
 sequence, and steps: two to warm up, three recorded, the others timed. In the long case most of the memory is
 activations, in the short one the model."""
 COPY, COPY_BYTES = "device copy of 1 GiB", 2**30
+LOGITS_ROWS = 8192
 CLOCK_HZ = 2e9
 """At least as fast as any GPU's clock, by which it is told how long to wait."""
 UNTIMED_STEPS = 8
@@ -252,6 +254,29 @@ def _itself(timed: Callable[[], object]) -> float:
     return seconds
 
 
+def loss(classes: str) -> dict[str, Any]:
+    """Time cross entropy of many half logits, forward and backward: ours, and torch's in FP32."""
+    logits = torch.randn(LOGITS_ROWS, int(classes), device=DEVICE).to(torch.bfloat16).requires_grad_()
+    target = torch.randint(int(classes), (LOGITS_ROWS,), device=DEVICE)
+
+    def step(of: Callable[[Tensor], Tensor]) -> Step:
+        def call() -> None:
+            of(logits).backward()
+            logits.grad = None
+
+        return call
+
+    cases = {
+        "mpt": step(lambda x: cross_entropy(x, target, -100, "mean")),
+        "torch, in FP32": step(lambda x: F.cross_entropy(x.float(), target)),
+    }
+    timings = interleave(cases, rounds=20, warmup=3, clock=cuda_clock)
+    found: dict[str, Any] = {"rows": LOGITS_ROWS, "classes": int(classes)}
+    found["cases"] = {name: timing._asdict() for name, timing in timings.items()}
+    found["summary"] = "; ".join(f"{name}: {1e3 * timing.median_s:.2f} ms" for name, timing in timings.items())
+    return found
+
+
 def recording(length: str) -> dict[str, Any]:
     """What recording costs: step times of GPT-2 without a recorder, with one that records, and one that is done."""
     size, batch_size, seq_len, _ = CASES[length]
@@ -309,9 +334,8 @@ def plain(value: Any) -> Any:
 
 
 def main(piece: str, answer: str) -> None:
-    """Run `piece` (`trace`, `step:SIZE`, `tensors:COUNT`, `train:LENGTH:PRECISION`, `recording:LENGTH`) and write what
-    it found."""
-    kinds = {"train": train, "step": step, "tensors": tensors, "trace": trace, "recording": recording}
+    """Run `piece`, `KIND` or `KIND:DETAIL` or, of training, `train:LENGTH:PRECISION`, and write what it found."""
+    kinds = {"trace": trace, "step": step, "tensors": tensors, "loss": loss, "train": train, "recording": recording}
     kind, *details = piece.split(":", 2)  # a precision may have a colon of its own
     found = kinds[kind](*details)
     Path(answer).write_text(json.dumps(found), encoding="utf-8")

@@ -23,7 +23,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     lines = -(-len(names) // _IN_A_ROW)
     figure = Figure(figsize=(15, 2.5 * lines + 5.2), dpi=130, layout="constrained")
     figure.suptitle(
-        "Peak memory of a training step on a CUDA device, AdamW: ESTIMATED, no GPU has measured it yet",
+        "Peak memory of a training step on a CUDA device, AdamW: ESTIMATED",
         fontsize=15, color=_INK, x=0.01, ha="left",
     )  # fmt: skip
     above, below = figure.subfigures(2, 1, height_ratios=[2.5 * lines, 4.6])

@@ -1,4 +1,4 @@
-"""How much memory is saved on the networks that people train, and what then fits. ESTIMATED: no GPU has measured it.
+"""How much memory is saved on the networks that people train, and what then fits. ESTIMATED.
 
     python -m benchmarks.networks                                   # may be stopped, and goes on where it was
     python -m benchmarks.networks --quick                           # three networks, to benchmarks/results/quick/
@@ -193,7 +193,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def show(result: Mapping[str, Any], console: Console) -> None:
     """Print the tables."""
-    table = Table(title="A training step on a CUDA device, ESTIMATED: no GPU has measured it")
+    table = Table(title="A training step on a CUDA device, ESTIMATED")
     table.add_column("network, batch", no_wrap=True)
     table.add_column("precision", no_wrap=True)
     parts = {"model": MODEL, "activations": ("activations",), "temporaries": ("temporaries",)}

@@ -3,7 +3,8 @@
 Over a vocabulary the logits are the largest activation of a network. `F.cross_entropy` in FP32 makes an FP32 copy of
 them, keeps their log-softmax for backward, and gives back an FP32 gradient, which is then rounded to half since the
 logits are: 10 to 14 bytes for each 2 of theirs. Here each row's log of the sum of exponentials is kept, and softmax is
-computed again in backward, in FP32, some rows at a time, straight into the half gradient. The numbers are the same.
+computed again in backward, in FP32, straight into the half gradient: on CUDA by a kernel that reads the logits once
+forward and once backward, elsewhere some rows at a time. The numbers are the same.
 """
 
 from typing import Any
@@ -12,14 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .pieces import pieces
+from .kernels import cross_entropy_kernel_for
 from .storage import HALF_DTYPES
 
 SMALLEST = 2**20
 """Fewer logits are not worth it."""
-LOGITS_AT_ONCE = {"cpu": 2**17}
-"""Elements brought to FP32 at once: on a CPU what stays in its caches, elsewhere `DEFAULT_AT_ONCE`."""
-DEFAULT_AT_ONCE = 2**25
 
 
 def serves(logits: Any, target: Any, weight: Any, label_smoothing: float) -> bool:
@@ -63,10 +61,7 @@ class _RowLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-        losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-        log_sums = torch.empty_like(losses)
-        for rows in _some_rows(logits):
-            losses[rows], log_sums[rows] = _losses_of(logits[rows].float(), target[rows], ignore_index)
+        losses, log_sums = cross_entropy_kernel_for(logits.device).row_losses(logits, target, ignore_index)
         ctx.save_for_backward(logits, target, log_sums)
         ctx.ignore_index = ignore_index
         return losses
@@ -74,28 +69,9 @@ class _RowLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         logits, target, log_sums = ctx.saved_tensors
-        gradient = torch.where(target == ctx.ignore_index, 0.0, gradient)
-        target = torch.where(target == ctx.ignore_index, 0, target)
         if torch.is_grad_enabled():  # create_graph=True: in operations that autograd knows
-            one_hot = F.one_hot(target, logits.shape[1])
+            gradient = torch.where(target == ctx.ignore_index, 0.0, gradient)
+            one_hot = F.one_hot(torch.where(target == ctx.ignore_index, 0, target), logits.shape[1])
             return ((logits.float().softmax(1) - one_hot) * gradient[:, None]).to(logits.dtype), None, None
-        result = torch.empty_like(logits)
-        for rows in _some_rows(logits):
-            softmax = logits[rows].float().sub_(log_sums[rows, None]).exp_()
-            result[rows] = softmax.mul_(gradient[rows, None]).scatter_add_(1, target[rows, None], -gradient[rows, None])
-            del softmax  # before the next rows' is made
-        return result, None, None
-
-
-def _losses_of(fp32: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Each row's loss and its log of the sum of exponentials. `fp32` is written over: nothing as large is made."""
-    # nll_loss picks the target's logit, and checks the target as F.cross_entropy does.
-    picked = F.nll_loss(fp32, target, ignore_index=ignore_index, reduction="none")
-    largest = fp32.amax(1)
-    log_sums = fp32.sub_(largest[:, None]).exp_().sum(1).log_().add_(largest)
-    return torch.where(target == ignore_index, picked, log_sums + picked), log_sums
-
-
-def _some_rows(logits: Tensor) -> Any:
-    at_once = LOGITS_AT_ONCE.get(logits.device.type, DEFAULT_AT_ONCE)
-    return pieces(len(logits), max(1, at_once // logits.shape[1]))
+        kernel = cross_entropy_kernel_for(logits.device)
+        return kernel.gradient(logits, target, log_sums, gradient, ctx.ignore_index), None, None

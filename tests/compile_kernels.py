@@ -17,7 +17,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from lightning_mpt.kernels.triton.cross_entropy import BLOCK, OPTIONS
 from lightning_mpt.kernels.triton.launch import COMPILE_OPTIONS, SCAN_BLOCK, TYPES, specialization
+from lightning_mpt.kernels.triton.row_losses import gradient_kernel, row_losses_kernel
 from lightning_mpt.kernels.triton.scan import scan_kernel
 from lightning_mpt.kernels.triton.update import adamw_kernel
 from lightning_mpt.storage import MASTER_STORAGES, MOMENT_STORAGES
@@ -26,17 +28,29 @@ CAPABILITIES = (80, 90)
 POINTERS = {
     "table": "*i64", "gradients": "*i64", "sizes": "*i64", "owners": "*i32", "numbers": "*i32",
     "found_inf": "*fp32", "multiplier_tensor": "*fp32", "squares": "*fp32", "flags": "*fp32",
+    "target": "*i64", "losses": "*fp32", "log_sums": "*fp32", "gradient": "*fp32",
+    "classes": "i32", "ignore_index": "i32",
 }  # fmt: skip
+POINTER_TO = {torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
-def compiled(kernel: Any, capability: int, constants: dict[str, Any]) -> dict[str, Any]:
-    """Registers per thread, bytes of stack (where spilled registers go) and how memory is moved."""
-    names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else POINTERS.get(name, "fp32") for name in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in POINTERS}
+def compiled(
+    kernel: Any,
+    capability: int,
+    constants: dict[str, Any],
+    others: dict[str, str] | None = None,
+    options: dict[str, Any] = COMPILE_OPTIONS,
+) -> dict[str, Any]:
+    """Registers per thread, bytes of stack (where spilled registers go) and how memory is moved.
+
+    `others` are the types of arguments that are not always the same.
+    """
+    names, types = kernel.arg_names, {**POINTERS, **(others or {})}
+    signature = {name: "constexpr" if name in constants else types.get(name, "fp32") for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types.get(name, "").startswith("*")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=COMPILE_OPTIONS)
+    result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(result.asm["cubin"])
         file.flush()
@@ -60,6 +74,11 @@ def main() -> None:
                     found.append([capability, str(dtype), f"{masters}, {moments}", result])
             result = compiled(scan_kernel, capability, {"GRADIENT": TYPES[dtype], "BLOCK": SCAN_BLOCK})
             found.append([capability, str(dtype), "scan", result])
+            half = {"logits": POINTER_TO[dtype], "result": POINTER_TO[dtype]}
+            for kernel in (row_losses_kernel, gradient_kernel):
+                constants = {"DTYPE": TYPES[dtype], "BLOCK": BLOCK}
+                result = compiled(kernel, capability, constants, half, OPTIONS)
+                found.append([capability, str(dtype), kernel.__name__, result])
     json.dump(found, sys.stdout)
 
 

@@ -46,6 +46,11 @@ def test_kernels_move_16_bytes_at_a_time_and_spill_nothing(
             # 8192 elements of 2 bytes over 128 threads: 128 bytes for each.
             assert loads == 8, case
             continue
+        if name in ("row_losses_kernel", "gradient_kernel"):
+            # 4096 elements of 2 bytes over 256 threads: 32 bytes for each, in the part for whole blocks.
+            assert loads == 2, case
+            assert stores == (2 if name == "gradient_kernel" else 0), case
+            continue
         masters, moments = name.split(", ")
         per_element = [2, MOVED[masters], MOVED[moments], MOVED[moments]]
         if masters == "float32":

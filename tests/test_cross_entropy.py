@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_mpt import cross_entropy as module
+from lightning_mpt.kernels import cross_entropy as reference
+from lightning_mpt.kernels.cross_entropy import CrossEntropyKernel
 from lightning_mpt.numerics import FP32Losses
 from lightning_mpt.profiler import MemoryRecorder
 
@@ -25,7 +27,20 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(module, "SMALLEST", 1)
     monkeypatch.setattr(numerics, "SMALLEST", 1)
-    monkeypatch.setitem(module.LOGITS_AT_ONCE, "cpu", 3 * CLASSES + 1)
+    monkeypatch.setitem(reference.LOGITS_AT_ONCE, "cpu", 3 * CLASSES + 1)
+
+
+@pytest.fixture(params=["reference", "triton"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CrossEntropyKernel:
+    """Either kernel, which serves from now on."""
+    made: CrossEntropyKernel = reference.ReferenceCrossEntropy()
+    if request.param == "triton":
+        request.getfixturevalue("triton_kernel")
+        from lightning_mpt.kernels.triton import TritonCrossEntropy
+
+        made = TritonCrossEntropy()
+    monkeypatch.setattr(module, "cross_entropy_kernel_for", lambda device: made)
+    return made
 
 
 @pytest.fixture
@@ -50,6 +65,7 @@ def logits_and_target(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return logits, target
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("ignore_index", [-100, 3])
@@ -74,6 +90,60 @@ def test_losses_and_gradients_are_those_of_fp32(
     assert len(served) == 1
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(results[0][1], results[1][1], rtol=ULP[dtype], atol=1e-6)
+
+
+def oracle(logits: Tensor, target: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """The losses and the gradient of their weighted sum, in float64."""
+    x = logits.double().requires_grad_()
+    losses = F.cross_entropy(x, target, reduction="none")
+    (losses * factor.double()).sum().backward()
+    assert x.grad is not None
+    return losses.detach(), x.grad
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("classes", [1, 7, 4096, 4097, 9001])
+@pytest.mark.parametrize("offset", [0, 3])
+def test_a_kernel_is_the_oracle_wherever_rows_begin(
+    kernel: CrossEntropyKernel, dtype: torch.dtype, classes: int, offset: int
+) -> None:
+    """Rows of odd lengths begin at odd addresses, and so does the first in the middle of a tensor."""
+    torch.manual_seed(0)
+    rows = 5
+    logits = (8 * torch.randn(offset + rows * classes)).to(dtype)[offset:].view(rows, classes)
+    target, factor = torch.randint(classes, (rows,)), torch.linspace(0.5, 2, rows)
+    target[2] = -100
+    losses, log_sums = kernel.row_losses(logits, target, -100)
+    gradient = kernel.gradient(logits, target, log_sums, factor, -100)
+    true_losses, true_gradient = oracle(logits, target, factor)
+    assert losses.dtype == log_sums.dtype == torch.float32
+    assert gradient.dtype == dtype
+    torch.testing.assert_close(losses.double(), true_losses, rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(gradient.double(), true_gradient, rtol=ULP[dtype], atol=1e-7)
+    assert not gradient[2].any()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's, of the interpreter
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_logits_that_are_not_finite_give_a_loss_that_is_not(kernel: CrossEntropyKernel, bad: float) -> None:
+    logits, target = torch.zeros(3, 5000, dtype=torch.bfloat16), torch.zeros(3, dtype=torch.int64)
+    logits[1, 4999] = bad
+    losses, log_sums = kernel.row_losses(logits, target, -100)
+    assert losses.isfinite().tolist() == [True, False, True]
+    gradient = kernel.gradient(logits, target, log_sums, torch.ones(3), -100)
+    assert gradient.isfinite().all(1).tolist() == [True, False, True]
+
+
+def test_classes_that_cannot_be_have_no_share(kernel: CrossEntropyKernel) -> None:
+    """Masked logits are -inf: here all of the first block and more."""
+    logits = torch.zeros(1, 9000, dtype=torch.float16)
+    logits[:, :8998] = -float("inf")
+    target = torch.tensor([8999])
+    losses, log_sums = kernel.row_losses(logits, target, -100)
+    gradient = kernel.gradient(logits, target, log_sums, torch.ones(1), -100)
+    assert losses.item() == pytest.approx(0.6931472)
+    assert gradient[0, 8998:].tolist() == [0.5, -0.5]
+    assert not gradient[0, :8998].any()
 
 
 def as_transformers(x: Tensor, target: Tensor) -> Tensor:
@@ -147,10 +217,11 @@ def test_a_gradient_of_the_gradient_is_there_where_it_is_asked_for() -> None:
     torch.testing.assert_close(penalties[0], penalties[1], rtol=0.05, atol=0.05 * float(penalties[1].abs().max()))
 
 
+@pytest.mark.usefixtures("kernel")
 def test_a_class_that_is_not_there_is_an_error_as_in_torch() -> None:
     logits, target = logits_and_target(torch.bfloat16)
     target[5] = CLASSES
-    with FP32Losses(), pytest.raises(IndexError, match="out of bounds"):
+    with FP32Losses(), pytest.raises((IndexError, RuntimeError), match=r"out of bounds|is no class"):
         F.cross_entropy(logits.requires_grad_(), target)
 
 

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from kernel_cases import FORMATS, OPTIONS, SIZES, fp32_of, slot_for
 from torch import Tensor, nn
 from training import Classifier, classification, fit, mlp
 
 from lightning_mpt import PRESETS, MasterAdamW, MasterWeightPrecision
+from lightning_mpt.cross_entropy import cross_entropy
 from lightning_mpt.kernels import Kernel, kernel_for
 from lightning_mpt.kernels.reference import ReferenceKernel
 from lightning_mpt.kernels.slots import GradientTransform, Slot
@@ -177,6 +179,23 @@ def test_a_trainer_learns_as_in_fp32(precision: Any, preset: str) -> None:
     fit(ours, classification(60), plugin, accelerator="cuda", devices=1)
     assert plugin.skipped_steps <= 5
     assert sum(ours.losses[-10:]) == pytest.approx(sum(fp32.losses[-10:]), rel=0.1)
+
+
+@pytest.mark.parametrize("classes", [1000, 50257, 50304])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_cross_entropy_is_torchs_in_fp32(dtype: torch.dtype, classes: int) -> None:
+    torch.manual_seed(0)
+    logits = (4 * torch.randn(1100, classes, device="cuda")).to(dtype)
+    target = torch.randint(classes, (1100,), device="cuda")
+    target[::9] = -100
+    results = []
+    for ours in (True, False):
+        x = logits.clone().requires_grad_()
+        loss = cross_entropy(x, target, -100, "mean") if ours else F.cross_entropy(x.float(), target)
+        (1000 * loss).backward()
+        results.append((loss.detach(), x.grad))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=2.0**-7, atol=1e-6)
 
 
 def test_split_and_float32_masters_train_bit_for_bit_alike() -> None:

@@ -52,8 +52,8 @@ def test_a_line_through_few_layers_is_the_peak_of_many() -> None:
 
 
 def test_a_parabola_through_three_widths_is_the_peak_of_a_fourth() -> None:
-    few = {heads: networks.phases_of(small_gpt2(1, heads), "mpt-16-true:compact", 16)[1] for heads in (2, 4, 6)}
-    whole, _ = networks.phases_of(small_gpt2(1, 9), "mpt-16-true:compact", 16)
+    few = {heads: networks.phases_of(small_gpt2(1, heads), "mpt-16-true:compact", 4)[1] for heads in (2, 4, 6)}
+    whole, _ = networks.phases_of(small_gpt2(1, 9), "mpt-16-true:compact", 4)
     assert max(networks.through(few, 9).values()) == pytest.approx(whole.peak_bytes, rel=1e-3)
 
 

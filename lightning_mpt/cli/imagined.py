@@ -62,6 +62,17 @@ class ImaginedKernel:
             self._tables[use, sizes] = torch.empty(table_bytes, dtype=torch.uint8)
 
 
+class ImaginedCrossEntropy:
+    """What Triton's cross entropy allocates: its results."""
+
+    def row_losses(self, logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+        losses, log_sums = torch.empty(2, len(logits), dtype=torch.float32, device=logits.device)
+        return losses, log_sums
+
+    def gradient(self, logits: Tensor, target: Tensor, log_sums: Tensor, gradient: Tensor, ignore_index: int) -> Tensor:
+        return torch.empty_like(logits)
+
+
 class CountedReference(ReferenceKernel):
     """The update as it runs on a CPU, but for the first of every parameter, which is not counted and takes long."""
 
@@ -90,9 +101,10 @@ def imagined_device(name: str) -> Device:
         with device.kernels(), conversion, ExitStack() as stack:
             # What happens to masters before the first step is not counted: in one piece it takes less time.
             conversion.enter_context(mock.patch.object(masters, "piece_length", _in_one_piece))
-            if name == "cuda":  # pieces as large as there
-                for sizes in (cross_entropy.LOGITS_AT_ONCE, pieces.LARGEST_PIECE):
-                    stack.enter_context(mock.patch.dict(sizes, clear=True))
+            if name == "cuda":
+                stack.enter_context(mock.patch.dict(pieces.LARGEST_PIECE, clear=True))  # pieces as large as there
+                kernel_for = mock.Mock(return_value=ImaginedCrossEntropy())
+                stack.enter_context(mock.patch.object(cross_entropy, "cross_entropy_kernel_for", kernel_for))
             yield
 
     def prepare(optimizer: Optimizer) -> None:

@@ -1,14 +1,17 @@
-"""The update of all parameters in one pass: `reference.py` in plain torch is the truth, `triton.py` is for CUDA."""
+"""The update of all parameters in one pass, and cross entropy: in plain torch, the truth, and in Triton for CUDA."""
 
 import os
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import cache
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..storage import MasterStorage, MomentStorage
+from .cross_entropy import CrossEntropyKernel, ReferenceCrossEntropy
 from .reference import ReferenceKernel
 from .slots import GradientTransform, Slot
 
@@ -45,17 +48,36 @@ def kernel_for(device: torch.device, model_numel: int = 0) -> Kernel:
 
     `model_numel` is how many parameters there are on the device.
     """
-    if device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
-        try:
-            from .triton import TritonKernel
-        except ModuleNotFoundError as missing:
-            if missing.name != "triton":
-                raise
-            warnings.warn(
-                "Triton is not installed: the update of master weights runs in plain torch, in many small steps. "
-                "Install triton for a single one.",
-                stacklevel=2,
-            )
-        else:
-            return TritonKernel()
+    if _by_triton(device):
+        from .triton import TritonKernel
+
+        return TritonKernel()
     return ReferenceKernel(model_numel)
+
+
+def cross_entropy_kernel_for(device: torch.device) -> CrossEntropyKernel:
+    """The same for the cross entropy of half logits."""
+    if _by_triton(device):
+        from .triton import TritonCrossEntropy
+
+        return TritonCrossEntropy()
+    return ReferenceCrossEntropy()
+
+
+def _by_triton(device: torch.device) -> bool:
+    """Whether a device's kernels are Triton's."""
+    wanted = device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+    return wanted and _triton_is_installed()
+
+
+@cache
+def _triton_is_installed() -> bool:
+    """A warning, once, where it is not."""
+    installed = find_spec("triton") is not None
+    if not installed:
+        warnings.warn(
+            "Triton is not installed: the update of master weights runs in plain torch, in many small steps. "
+            "Install triton for a single one.",
+            stacklevel=4,
+        )
+    return installed
