@@ -113,7 +113,10 @@ class MasterOptimizer(Optimizer):
 
     def _found_inf(self, device: torch.device) -> Tensor | None:
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        return None if found_inf is None else found_inf.to(device, non_blocking=True).reshape(())
+        if found_inf is None:
+            return None
+        found_inf = found_inf.to(device, non_blocking=True)
+        return found_inf.reshape(()) if found_inf.numel() == 1 else found_inf
 
 
 @cache

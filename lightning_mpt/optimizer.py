@@ -154,43 +154,50 @@ class MasterAdamW(MasterOptimizer, AdamW):
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
     @torch.no_grad()
-    def step_one(
-        self, parameter: Tensor, group: dict[str, Any], scale: Tensor, clip_value: float | None = None
+    def step_some(
+        self, parameters: Sequence[Tensor], group: dict[str, Any], scale: Tensor, clip_value: float | None = None
     ) -> Tensor:
-        """Update a single parameter of `group` in place, whether or not others have gradients yet.
+        """Update some parameters of `group` in place, each by itself, whether or not others have gradients yet.
 
         Args:
-            parameter: has a gradient, which is only read.
-            group: the parameter's.
-            scale: what the gradient is divided by: float32, no dimensions.
-            clip_value: the largest magnitude of an element of the unscaled gradient.
+            parameters: on one device, with gradients, which are only read; no more than a kernel takes in one launch
+                (`elements_worth_a_launch`), or a single one.
+            group: the parameters'.
+            scale: what the gradients are divided by: float32, no dimensions.
+            clip_value: the largest magnitude of an element of an unscaled gradient.
 
         Returns:
-            `found_inf` (float32 without dimensions, on the parameter's device): not zero if the gradient was not
-            finite, and nothing has changed.
+            `found_inf`, float32, one for each parameter: not zero where its gradient was not finite, and nothing of it
+            has changed.
         """
-        assert parameter.grad is not None
-        refuse_sparse([parameter.grad])
-        found_inf, _ = self._kernel(parameter.device).scan_gradients([parameter.grad], norm=False)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        refuse_sparse(gradients)
+        found_inf = self._kernel(parameters[0].device).scan_each(gradients)
         self.grad_scale, self.found_inf, self.clip_value = scale, found_inf, clip_value
         try:
-            self._step(group, [parameter], [parameter.grad])
+            self._step(group, list(parameters), gradients)
         finally:
             del self.grad_scale, self.found_inf, self.clip_value
         return found_inf
+
+    def elements_worth_a_launch(self, device: torch.device) -> int:
+        """So many elements of gradients are worth waiting for before `step_some`; 1 for any parameter by itself."""
+        return self._kernel(device).elements_worth_a_launch
 
     def _step(self, group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor]) -> None:
         """Update the parameters of a group that have gradients and share a device."""
         refuse_sparse(gradients)
         device = parameters[0].device
         found_inf = self._found_inf(device)
-        if device.type == "cpu" and found_inf is not None:
+        if device.type == "cpu" and found_inf is not None and found_inf.numel() == 1:
             if found_inf:
                 return
             found_inf = None
         ready = self._ready_for(parameters, group["amsgrad"])
         if found_inf is None:
             torch._foreach_add_(ready.steps, 1)
+        elif found_inf.dim():
+            torch._foreach_add_(ready.steps, list((found_inf == 0).float().unbind()))
         else:  # with `alpha`, which only the overload for tensors has: that for numbers would wait for the device
             torch._foreach_add_(ready.steps, (found_inf == 0).float(), alpha=1)
         lr = group["lr"]

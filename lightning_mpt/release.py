@@ -1,6 +1,7 @@
 """Gradient release: each parameter is updated within backward once its gradient is complete, which is then freed.
 
-Gradients never add up: at any moment there are those that backward is working on. What needs to see them all before
+Gradients never add up: at any moment there are those that backward is working on, and, on CUDA, as many others as are
+worth a launch of the update's kernel together. What needs to see them all before
 the first is used cannot be had with it: a step that is skipped as a whole, a dynamic loss scale, the norm that clipping
 divides by, and accumulation over batches. A parameter whose gradient is not finite is skipped alone, and counted.
 """
@@ -64,7 +65,9 @@ class GradientRelease:
         self._handles: dict[Tensor, Any] = {}
         self._groups: dict[Tensor, dict[str, Any]] = {}
         self.found: dict[Tensor, Tensor] = {}
-        """Of the last backward, until its step: whether each gradient was not finite, as `step_one` says it."""
+        """Of the last backward, until its step: whether each gradient was not finite, as `step_some` says it."""
+        self._waiting: dict[int, list[Tensor]] = {}
+        """By their group's id: parameters whose gradients are complete."""
         self._scale: Tensor | None = None
         self._clip_value: float | None = None
 
@@ -79,13 +82,15 @@ class GradientRelease:
         self._groups = {p: group for group in self._optimizer.param_groups for p in group["params"]}
         for parameter in self._groups:
             if parameter not in self._handles and parameter.requires_grad:
-                self._handles[parameter] = parameter.register_post_accumulate_grad_hook(self._update)
+                self._handles[parameter] = parameter.register_post_accumulate_grad_hook(self._complete)
         self._scale, self._clip_value = scale, float(clip_value) if clip_value else None
-        self.found = {}
+        self.found, self._waiting = {}, {}
         try:
             yield
+            for parameters in self._waiting.values():
+                self._update(parameters)
         finally:
-            self._scale = None
+            self._scale, self._waiting = None, {}
 
     def check_clipping(self, clip_val: float, algorithm: str) -> None:
         """ValueError if gradients, which are gone by now, were not clipped as is asked for."""
@@ -109,10 +114,25 @@ class GradientRelease:
             handle.remove()
         self._handles.clear()
 
-    @torch.no_grad()
-    def _update(self, parameter: Tensor) -> None:
+    def _complete(self, parameter: Tensor) -> None:
+        """Update the parameter, or let it wait until it is worth a launch together with others."""
         group = self._groups.get(parameter)
         if self._scale is None or group is None or parameter.grad is None:
             return
-        self.found[parameter] = self._optimizer.step_one(parameter, group, self._scale, self._clip_value)
-        parameter.grad = None
+        waiting = self._waiting.setdefault(id(group), [])
+        if waiting and waiting[0].device != parameter.device:
+            self._update(waiting)
+        waiting.append(parameter)
+        if sum(map(Tensor.numel, waiting)) >= self._optimizer.elements_worth_a_launch(parameter.device):
+            self._update(waiting)
+
+    @torch.no_grad()
+    def _update(self, waiting: list[Tensor]) -> None:
+        """Update parameters of one group, free their gradients, and empty the list."""
+        if waiting and self._scale is not None:
+            group = self._groups[waiting[0]]
+            found = self._optimizer.step_some(waiting, group, self._scale, self._clip_value)
+            self.found.update(zip(waiting, found.unbind(), strict=True))
+            for parameter in waiting:
+                parameter.grad = None
+        waiting.clear()

@@ -29,7 +29,7 @@ POINTERS = {
     "table": "*i64", "gradients": "*i64", "sizes": "*i64", "owners": "*i32", "numbers": "*i32",
     "found_inf": "*fp32", "multiplier_tensor": "*fp32", "squares": "*fp32", "flags": "*fp32",
     "target": "*i64", "losses": "*fp32", "log_sums": "*fp32", "gradient": "*fp32",
-    "classes": "i32", "ignore_index": "i32",
+    "classes": "i32", "ignore_index": "i32", "found_stride": "i32",
 }  # fmt: skip
 POINTER_TO = {torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

@@ -108,6 +108,28 @@ def test_found_inf_changes_nothing_bit_for_bit(kernel: Kernel, masters: str, mom
         assert tensor is old is None or torch.equal(tensor, old)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("masters", "moments"), FORMATS)
+def test_what_is_found_of_each_parameter_holds_for_it_alone(triton_kernel: Kernel, masters: str, moments: str) -> None:
+    """With weights of two dtypes, and one that has no elements."""
+    torch.manual_seed(0)
+    dtypes = (torch.bfloat16, torch.float32, torch.bfloat16, torch.bfloat16)
+    weights = [torch.randn(size).to(dtype) for size, dtype in zip((300, 20, 0, 2049), dtypes, strict=True)]
+    slots = [slot_for(weight, masters, False, moment_storage(moments)) for weight in weights]
+    gradients = [torch.randn(len(weight)).to(weight.dtype) for weight in weights]
+    gradients[3][2048] = float("nan")
+    found_inf = triton_kernel.scan_each(gradients)
+    assert found_inf.tolist() == ReferenceKernel().scan_each(gradients).tolist() == [0.0, 0.0, 0.0, 1.0]
+    before = [weight.clone() for weight in weights]
+    for slot in slots:
+        slot.step.add_(1)
+    triton_kernel.adamw_(
+        slots, gradients, master_storage(masters), moment_storage(moments), GradientTransform(), **OPTIONS,
+        found_inf=found_inf,
+    )  # fmt: skip
+    changed = [not torch.equal(old, new) for old, new in zip(before, weights, strict=True)]
+    assert changed == [True, True, False, False]
+
+
 @pytest.mark.parametrize("moments", MOMENT_STORAGES)
 def test_second_moments_fall_when_gradients_do(kernel: Kernel, moments: str) -> None:
     """By a five-hundredth a step, less than codes are apart: rounded to nearest, many would stand still."""

@@ -1,5 +1,6 @@
 """Gradient release: the same training, with no gradient kept, and refused where something needs them all at once."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from training import Classifier, adamw, classification, fit, loader, mlp, trainer
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lightning_mpt import PRESETS, MasterWeightPrecision
+from lightning_mpt import PRESETS, MasterAdamW, MasterWeightPrecision
 from lightning_mpt.profiler import Category, MemoryProfiler
 
 BATCHES = 30
@@ -98,7 +99,50 @@ def test_no_more_than_a_layers_gradients_are_alive_together() -> None:
     assert max(in_backward) <= 2
 
 
-def test_a_gradient_that_is_not_finite_skips_its_parameter_alone_and_is_counted() -> None:
+@pytest.fixture
+def _by_triton(triton_kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+@pytest.mark.usefixtures("_by_triton")
+@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow) encountered:RuntimeWarning")
+def test_with_the_kernel_as_many_wait_for_one_another_as_are_worth_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_mpt.kernels.triton import launch
+
+    monkeypatch.setattr(launch, "RELEASES", 4)
+    alive, launches = [], []
+    step_some = MasterAdamW.step_some
+
+    def counted(self: MasterAdamW, parameters: Any, *arguments: Any) -> Tensor:
+        launches.append(len(parameters))
+        return step_some(self, parameters, *arguments)
+
+    monkeypatch.setattr(MasterAdamW, "step_some", counted)
+    net = nn.Sequential(*(nn.Linear(16, 16) for _ in range(8)), nn.Linear(16, 4))
+    ours, plain = Classifier(net), Classifier(copy.deepcopy(net))
+
+    def count(parameter: Tensor) -> None:
+        alive.append(sum(other.numel() for other in ours.parameters() if other.grad is not None))
+
+    for parameter in ours.parameters():
+        parameter.register_post_accumulate_grad_hook(count)
+    fit(ours, classification(4), released())
+    fit(plain, classification(4), released(gradient_release=False))
+    total = sum(parameter.numel() for parameter in net.parameters())
+    assert sum(launches) == 4 * 18
+    assert len(launches) <= 4 * 5
+    assert max(alive) <= total // 4 + 16 * 17
+    torch.testing.assert_close(ours.state_dict(), plain.state_dict(), **ROUNDING)
+
+
+@pytest.mark.parametrize("kernel", ["reference", "triton"])
+@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow) encountered:RuntimeWarning")
+def test_a_gradient_that_is_not_finite_skips_its_parameter_alone_and_is_counted(
+    kernel: str, request: pytest.FixtureRequest
+) -> None:
+    if kernel == "triton":
+        request.getfixturevalue("_by_triton")
+
     class Breaks(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             loss = super().training_step(batch, batch_idx)

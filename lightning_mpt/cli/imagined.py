@@ -20,7 +20,8 @@ from ..profiler.estimate import CPU, CUDA, Device
 
 DEVICES = {"cuda": CUDA, "cpu": CPU}
 UPDATE_TILE, SCAN_TILE = 2048, 8192
-"""BLOCK and SCAN_BLOCK of the Triton kernel (`kernels/triton/launch.py`)."""
+RELEASES, LARGEST_RELEASED = 32, 2**24
+"""BLOCK, SCAN_BLOCK and the others of the Triton kernel (`kernels/triton/launch.py`), which may be missing here."""
 
 
 def imagined_arguments(precision: str) -> Mapping[str, Any]:
@@ -38,7 +39,8 @@ def imagined_arguments(precision: str) -> Mapping[str, Any]:
 class ImaginedKernel:
     """The tables and the scratch of the Triton kernel: which is all that it allocates, since it updates in place."""
 
-    def __init__(self) -> None:
+    def __init__(self, model_numel: int) -> None:
+        self.elements_worth_a_launch = max(1, min(LARGEST_RELEASED, model_numel // RELEASES))
         self._tables: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     def tables(self) -> Iterable[Tensor]:
@@ -56,6 +58,10 @@ class ImaginedKernel:
         torch.empty(2, tiles, dtype=torch.float32)
         # A constant, so that the host knows it: no step is skipped.
         return torch.tensor(0.0), torch.tensor(1.0) if norm else None
+
+    def scan_each(self, gradients: Sequence[Tensor]) -> Tensor:
+        self.scan_gradients(gradients, norm=False)
+        return torch.zeros(len(gradients))
 
     def _keep(self, use: str, sizes: tuple[int, ...], table_bytes: int) -> None:
         if (use, sizes) not in self._tables:
@@ -111,7 +117,8 @@ def imagined_device(name: str) -> Device:
         conversion.close()
         device.prepare(optimizer)
         if isinstance(optimizer, MasterOptimizer):
-            kernel = ImaginedKernel() if name == "cuda" else CountedReference()
+            numel = sum(parameter.numel() for parameter in optimizer.parameters())
+            kernel = ImaginedKernel(numel) if name == "cuda" else CountedReference()
             optimizer.__dict__["_kernels"] = {torch.device("cpu"): kernel}
 
     return replace(device, kernels=kernels, prepare=prepare)

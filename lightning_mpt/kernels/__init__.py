@@ -38,6 +38,11 @@ class Kernel(Protocol):
 
     def scan_gradients(self, gradients: Sequence[Tensor], *, norm: bool) -> tuple[Tensor, Tensor | None]: ...
 
+    def scan_each(self, gradients: Sequence[Tensor]) -> Tensor: ...
+
+    elements_worth_a_launch: int
+    """So many elements of gradients are worth waiting for, where parameters could be updated one by one."""
+
     def tables(self) -> Iterable[Tensor]:
         """What the kernel keeps on the device from step to step."""
         ...
@@ -51,7 +56,7 @@ def kernel_for(device: torch.device, model_numel: int = 0) -> Kernel:
     if _by_triton(device):
         from .triton import TritonKernel
 
-        return TritonKernel()
+        return TritonKernel(model_numel)
     return ReferenceKernel(model_numel)
 
 

@@ -39,6 +39,8 @@ class ReferenceKernel:
             or single parameters are updated one by one.
     """
 
+    elements_worth_a_launch = 1
+
     def __init__(self, model_numel: int = 0) -> None:
         self._model_numel = model_numel
         self._packs: WeakKeyDictionary[Slots, dict[Hashable, list[Pack]]] = WeakKeyDictionary()
@@ -51,6 +53,10 @@ class ReferenceKernel:
     def scan_gradients(self, gradients: Sequence[Tensor], *, norm: bool) -> tuple[Tensor, Tensor | None]:
         """One look at all gradients before the update: see `gradients.py`."""
         return scan_gradients(gradients, norm=norm)
+
+    def scan_each(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The same, of each gradient: 1 where an element is inf or NaN, else 0. float32, one for each."""
+        return torch.stack([self.scan_gradients([gradient], norm=False)[0] for gradient in gradients])
 
     def adamw_(
         self,

@@ -25,6 +25,8 @@ KEPT_BYTES = 2**26
 """Tables for gradients that are not there any more go once all are larger than this."""
 KEPT_SCANS = 8
 """But not the newest."""
+RELEASES, LARGEST_RELEASED = 32, 2**24
+"""Where gradients are released, so many wait for one another: a launch for each parameter takes longer than it runs."""
 DTYPE = attrgetter("dtype")
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 COMPILE_OPTIONS = {"num_warps": 4, "maxnreg": 128, "enable_fp_fusion": False}
@@ -40,7 +42,8 @@ class TritonKernel:
     changed is asked of all tensors at a time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model_numel: int = 0) -> None:
+        self.elements_worth_a_launch = max(1, min(LARGEST_RELEASED, model_numel // RELEASES))
         self._updates: WeakKeyDictionary[Slots, dict[Hashable, list[_Update]]] = WeakKeyDictionary()
         """By the gradients' dtypes and the kernel's options."""
         self._scans: dict[Hashable, _Tiles] = {}
@@ -70,10 +73,12 @@ class TritonKernel:
         maximize: bool,
         found_inf: Tensor | None = None,
     ) -> None:
-        """One launch for all slots whose weights share a dtype, as do their gradients."""
+        """One launch for all slots whose weights share a dtype, as do their gradients.
+
+        `found_inf` may have a number for each slot: where that is not zero, nothing of the slot changes.
+        """
         multiplier, clip_value = transform
         hyperparameters = {
-            "found_inf": found_inf,
             **_number_or_tensor("multiplier", multiplier),
             **_number_or_tensor("lr", lr),
             "one_minus_beta1": 1.0 - betas[0],
@@ -93,27 +98,40 @@ class TritonKernel:
             "maximize": maximize,
         }
         for update in self._updates_of(Slots.of(slots), gradients, options):
-            update.launch(gradients, hyperparameters)
+            update.launch(gradients, found_inf, hyperparameters)
 
     def scan_gradients(self, gradients: Sequence[Tensor], *, norm: bool) -> tuple[Tensor, Tensor | None]:
         """One read of all gradients. As `scan_gradients` of the reference."""
-        squares: list[Tensor] = []
-        flags: list[Tensor] = []
-        for dtype, some in _by_dtype(gradients).items():
-            if not all(map(Tensor.is_contiguous, some)):
-                some = [dense(gradient) for gradient in some]
-            tiles = self._tiles(dtype, some)
-            square, flag = torch.empty(2, tiles.count, dtype=torch.float32, device=some[0].device)
-            scan_kernel[(tiles.count,)](
-                tiles.addresses_of(some), tiles.sizes, tiles.owners, tiles.numbers, square, flag,
-                GRADIENT=TYPES[dtype], BLOCK=SCAN_BLOCK, **COMPILE_OPTIONS,
-            )  # fmt: skip
-            squares.append(square)
-            flags.append(flag)
-        if not flags:
+        scans = [self._scan(dtype, some)[1:] for dtype, some in _by_dtype(gradients).items()]
+        if not scans:
             zero = torch.zeros((), dtype=torch.float32, device=gradients[0].device)
             return zero, zero if norm else None
-        return _joined(flags).amax(), _joined(squares).sum().sqrt() if norm else None
+        squares, flags = (_joined(list(parts)) for parts in zip(*scans, strict=True))
+        return flags.amax(), squares.sum().sqrt() if norm else None
+
+    def scan_each(self, gradients: Sequence[Tensor]) -> Tensor:
+        """One read of all gradients. As `scan_each` of the reference."""
+        found = torch.zeros(len(gradients), dtype=torch.float32, device=gradients[0].device)
+        for dtype, some in _by_dtype(gradients).items():
+            tiles, _, flags = self._scan(dtype, some)
+            own = found if len(some) == len(gradients) else torch.zeros(len(some), device=found.device)
+            own.scatter_reduce_(0, tiles.owners.long(), flags, "amax")
+            if own is not found:
+                places = [index for index, one in enumerate(gradients) if one.dtype == dtype and one.numel()]
+                found.index_copy_(0, _on_device(places, found.device), own)
+        return found
+
+    def _scan(self, dtype: torch.dtype, gradients: Sequence[Tensor]) -> "tuple[_Tiles, Tensor, Tensor]":
+        """The sum of squares of each tile, and whether one of its elements is not finite: float32."""
+        if not all(map(Tensor.is_contiguous, gradients)):
+            gradients = [dense(gradient) for gradient in gradients]
+        tiles = self._tiles(dtype, gradients)
+        squares, flags = torch.empty(2, tiles.count, dtype=torch.float32, device=gradients[0].device)
+        scan_kernel[(tiles.count,)](
+            tiles.addresses_of(gradients), tiles.sizes, tiles.owners, tiles.numbers, squares, flags,
+            GRADIENT=TYPES[dtype], BLOCK=SCAN_BLOCK, **COMPILE_OPTIONS,
+        )  # fmt: skip
+        return tiles, squares, flags
 
     def _updates_of(self, slots: Slots, gradients: Sequence[Tensor], options: dict[str, Any]) -> "list[_Update]":
         kept = self._updates.get(slots)
@@ -200,15 +218,21 @@ class _Update:
             if weight is not pattern
         ]
         self._table = _on_device([number for row in self._rows for number in row], patterns[0].device)
+        self._places = None if self._indices is None else _on_device(indices, self._table.device)
 
     def tables(self) -> Iterator[Tensor]:
         yield from self._tiles.tables()
         yield self._table
+        if self._places is not None:
+            yield self._places
 
-    def launch(self, gradients: Sequence[Tensor], hyperparameters: dict[str, Any]) -> None:
-        """Update the weights in place, with the gradients of all slots."""
+    def launch(self, gradients: Sequence[Tensor], found_inf: Tensor | None, hyperparameters: dict[str, Any]) -> None:
+        """Update the weights in place, with the gradients of all slots, and what was found of them."""
+        found_stride = 0 if found_inf is None else found_inf.dim()
         if self._indices is not None:
             gradients = [gradients[index] for index in self._indices]
+            if found_inf is not None and found_stride:
+                found_inf = found_inf[self._places]
         copies = {place: self._weights[place].contiguous() for place in self._scattered}
         if list(map(Tensor.stride, gradients)) != self._strides:
             gradients = [
@@ -223,8 +247,8 @@ class _Update:
             table = _on_device([number for row in rows for number in row], table.device)
         tiles = self._tiles
         adamw_kernel[(tiles.count,)](
-            table, tiles.addresses_of(gradients), tiles.owners, tiles.numbers, **hyperparameters, **self._options,
-            **COMPILE_OPTIONS,
+            table, tiles.addresses_of(gradients), tiles.owners, tiles.numbers, found_inf, found_stride,
+            **hyperparameters, **self._options, **COMPILE_OPTIONS,
         )  # fmt: skip
         for place, copy in copies.items():
             self._weights[place].copy_(copy)

@@ -35,6 +35,7 @@ def adamw_kernel(
     owners,
     numbers,
     found_inf,
+    found_stride,
     multiplier_tensor,
     multiplier,
     lr_tensor,
@@ -65,17 +66,18 @@ def adamw_kernel(
     `table` (int64) has FIELDS numbers for each parameter: addresses, 0 where there is nothing, and its size.
     `gradients` (int64) has their addresses. Program i works on tile `numbers[i]` of parameter `owners[i]` (int32).
     Where a tile ends its parameter, or an address is odd, it is done in steps of `TAIL` elements.
-    `found_inf`, `multiplier_tensor` and `lr_tensor` are float32 without dimensions, or None.
+    `multiplier_tensor` and `lr_tensor` are float32 without dimensions, or None. So is `found_inf` where `found_stride`
+    is 0; where that is 1, it has a number for each parameter.
     """
+    owner = tl.load(owners + tl.program_id(0))
     changes = True
     if found_inf is not None:
-        changes = tl.load(found_inf) == 0
+        changes = tl.load(found_inf + owner * found_stride) == 0
     if changes:
         if multiplier_tensor is not None:
             multiplier = tl.load(multiplier_tensor)
         if lr_tensor is not None:
             lr = tl.load(lr_tensor)
-        owner = tl.load(owners + tl.program_id(0))
         start = tl.load(numbers + tl.program_id(0)).to(tl.int64) * BLOCK
         entry = table + owner * FIELDS
         gradient = tl.load(gradients + owner)
