@@ -220,6 +220,10 @@ def trace() -> dict[str, Any]:
             "summary": f"peak {report.peak_bytes:,} bytes, unattributed {report.categories.get('unattributed', 0):,}",
             "peak_bytes": report.peak_bytes,
             "categories": plain(report.categories),
+            # Since the recorded step began, when they were set back.
+            "allocator_peaks": {
+                name: torch.cuda.memory_stats().get(f"{name}_bytes.all.peak") for name in ("allocated", "requested")
+            },
             "trace": path.read_text(encoding="utf-8"),
         }
 

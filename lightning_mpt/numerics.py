@@ -49,6 +49,8 @@ LOSSES = frozenset(
 CASTS = frozenset({Tensor.float, Tensor.to, Tensor.type})
 """How callers bring logits to FP32 themselves."""
 
+WATCHED = LOSSES | CASTS
+
 REDUCED_PRECISION_SWITCHES = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
 
 
@@ -68,12 +70,14 @@ class FP32Losses(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func not in WATCHED:  # asked of every function that the network calls
+            return func(*args, **kwargs)
         if func in LOSSES:
             if func is F.cross_entropy and (loss := self._cross_entropy(*args, **kwargs)) is not None:
                 return loss
             return func(*map(_to_fp32, args), **{name: _to_fp32(value) for name, value in kwargs.items()})
         result = func(*args, **kwargs)
-        if func in CASTS and args[0].dtype in HALF_DTYPES and not torch.compiler.is_compiling():
+        if args[0].dtype in HALF_DTYPES and not torch.compiler.is_compiling():
             self._remember(args[0], result)
         return result
 

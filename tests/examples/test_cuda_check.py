@@ -93,6 +93,7 @@ def _cpu_for_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setattr(cuda_pieces, name, value)
     monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
     monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: 0)
+    monkeypatch.setattr("torch.cuda.memory_stats", dict)
 
 
 @pytest.mark.usefixtures("_cpu_for_cuda")
