@@ -55,6 +55,7 @@ PLAN = {
         Piece("networks", "networks", 20, 5),
         Piece("ablation", "ablation", 18, 4),
         Piece("accuracy", "accuracy --accelerator cpu", 35, 6),
+        Piece("estimate of the CUDA check", "estimate_of_check", 3, None),
         Piece("numbers", "numbers", 1, None),
     ),
     "cuda": (

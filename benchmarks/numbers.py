@@ -191,7 +191,7 @@ def estimate(result: dict[str, Any]) -> str:
             ]
         )
     head = ["network", "precision", "measured peak", "the estimate's error", "worst category, of the peak"]
-    return table(head, rows) + _large_estimate(result) + words.source(result)
+    return table(head, rows) + _large_estimate(result) + words.source(result) + words.measured_by(result)
 
 
 def _large_estimate(result: dict[str, Any]) -> str:

@@ -89,6 +89,11 @@ def source(result: dict[str, Any]) -> str:
     return f"\n\n{_run(result['environment'])}{others}"
 
 
+def measured_by(result: dict[str, Any]) -> str:
+    """Which run was measured, where it is another than the result's own."""
+    return f"; measured: {_run(result['measured_by'])}" if "measured_by" in result else ""
+
+
 def _run(where: dict[str, Any]) -> str:
     """Device, version, commit, day and command."""
     device = where["gpu"]["name"] if where["gpu"] else f"{where['cpu']}, {where['cpu_threads']} threads"
