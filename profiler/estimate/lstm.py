@@ -48,7 +48,12 @@ def _fits_layer(dtype: torch.dtype) -> bool:
 
 
 def with_workspace(func: Callable[..., Any], args: tuple[Any, ...], result: Any) -> Any:
-    """The result of an operation; of an LSTM's layer that goes backward, with a workspace of the size it would have."""
+    """The result of an operation; of an LSTM's layer that goes backward, with a workspace of the size it would have.
+
+    Its gradients are FP32 whatever the layer is, which torch 2.11's fake kernel does not know.
+    """
+    if func is _BACKWARD:
+        return tuple(value.float() if isinstance(value, torch.Tensor) else value for value in result)
     if func is not _FORWARD or not torch.is_grad_enabled():
         return result
     *outputs, _ = result
