@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from .base import MasterOptimizer, class_in_front, refuse_sparse
+from .base import DEVICE, MasterOptimizer, class_in_front, refuse_sparse
 from .kernels.slots import Slot
 from .masters import MasterWeights
 from .pieces import dense
@@ -141,14 +141,11 @@ class MasterAdamW(MasterOptimizer, AdamW):
                 loss = closure()
         self._opt_called = True  # asked by LRScheduler, for its advice on the order of calls
         for group in self.param_groups:
-            by_device: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
-            for parameter in group["params"]:
-                if (gradient := parameter.grad) is not None:
-                    parameters, gradients = by_device.setdefault(parameter.device, ([], []))
-                    parameters.append(parameter)
-                    gradients.append(gradient)
-            for parameters, gradients in by_device.values():
-                self._step(group, parameters, gradients)
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            devices = dict.fromkeys(map(DEVICE, parameters))
+            for device in devices:
+                own = parameters if len(devices) == 1 else [one for one in parameters if one.device == device]
+                self._step(group, own, [one.grad for one in own if one.grad is not None])
         return loss
 
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]

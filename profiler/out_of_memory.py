@@ -6,6 +6,7 @@ Nothing here may get in the way of the exception itself: whatever fails while th
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -76,14 +77,15 @@ def explain(error: BaseException, session: "Callable[[], Session]") -> MemoryRep
     try:
         asked = session()
         recording = asked.fail() if asked.active else asked.what_is_live()
-        report = MemoryReport.from_recording(recording)
-        _print(report, asked.failed_request_bytes or failed_request_bytes(error))
+        request_bytes = asked.failed_request_bytes or failed_request_bytes(error)
+        report = replace(MemoryReport.from_recording(recording), failed_request_bytes=request_bytes)
+        _print(report)
     except Exception as trouble:  # the exception that matters is another one
         print(f"lightning-mpt: the memory table could not be shown: {trouble!r}", file=sys.stderr)
     return report
 
 
-def _print(report: MemoryReport, request_bytes: int | None) -> None:
+def _print(report: MemoryReport) -> None:
     from rich.console import Console
 
     from .show.render import format_bytes, print_report
@@ -93,7 +95,8 @@ def _print(report: MemoryReport, request_bytes: int | None) -> None:
     console = Console(stderr=True, highlight=False, markup=False)
     phase = last_phase(report)
     where = f"{report.device}, in {spoken(phase)}" if phase else report.device
-    asked = f"{format_bytes(request_bytes)} more" if request_bytes is not None else "more"
+    failed_bytes = report.failed_request_bytes
+    asked = f"{format_bytes(failed_bytes)} more" if failed_bytes is not None else "more"
     live = format_bytes(report.peak_bytes)
     console.print(f"Out of memory on {where}: {asked} was asked for, and this was live, {live}:", style="bold red")
-    print_report(report, console, failed_bytes=request_bytes)
+    print_report(report, console)

@@ -43,6 +43,8 @@ class MemoryReport:
         activation_dtypes: module path -> dtype -> bytes of the module's own activations at the peak.
         optimizers: the class names of the optimizers that trained.
         health: how well the caching allocator used what it holds; None on CPU.
+        failed_request_bytes: where memory ran out, how much was asked for and not there; the peak is that moment. None
+            of whole steps, and where the size is not known.
         notes: what a reader must know to trust the figures: a bound that was reached, modules that could not be told
             apart. One sentence each.
     """
@@ -62,6 +64,7 @@ class MemoryReport:
     activation_dtypes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     optimizers: tuple[str, ...] = ()
     health: AllocatorHealth | None = None
+    failed_request_bytes: int | None = None
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -133,6 +136,7 @@ class MemoryReport:
             "forwards": {path: asdict(forward) for path, forward in self.forwards.items()},
             "activation_dtypes": {path: dict(own) for path, own in self.activation_dtypes.items()},
             "optimizers": list(self.optimizers),
+            "failed_request_bytes": self.failed_request_bytes,
             "health": None if self.health is None else asdict(self.health),
             "notes": list(self.notes),
         }
@@ -186,8 +190,8 @@ class Comparison:
 
 def _check(report: MemoryReport) -> None:
     """Raise ValueError where the figures, each of the right type, make no sense."""
-    for name in ("peak_bytes", "parameters", "steps"):
-        if (value := getattr(report, name)) < 0:
+    for name in ("peak_bytes", "parameters", "steps", "failed_request_bytes"):
+        if (value := getattr(report, name) or 0) < 0:
             raise ValueError(f"{name} is {value}, not 0 or more")
     for paths in (report.modules, report.forwards, report.activation_dtypes):
         if deep := next((path for path in paths if path.count(".") > DEEPEST), None):

@@ -25,18 +25,19 @@ class Advice:
     saves_bytes: int | None
 
 
-def advise(report: MemoryReport, failed_bytes: int | None = None) -> tuple[Advice, ...]:
+def advise(report: MemoryReport) -> tuple[Advice, ...]:
     """What holds the peak, and what would lower it by at least 1 %.
 
     Args:
-        report: of whole training steps; or of the moment at which memory ran out.
-        failed_bytes: the request that could not be met. What would make room for it then comes first, and of every
-            kind of change one before a second: few lines are shown, and three formats would be one idea.
+        report: of whole training steps; or of the moment at which memory ran out. What would make room for the request
+            that failed then comes first, and of every kind of change one before a second: few lines are shown, and
+            three formats would be one idea.
 
     Returns:
         First what holds the peak; then what to do, most helpful first: the largest saving, where what costs neither
         time nor exactness counts a little more. The savings are each alone, not one after another.
     """
+    failed_bytes = report.failed_request_bytes
     before = phases_of(report) if failed_bytes is None else _moment(report)
     peak_bytes, _ = _highest(before)
     if peak_bytes <= 0:
@@ -55,7 +56,7 @@ def advise(report: MemoryReport, failed_bytes: int | None = None) -> tuple[Advic
         fits = failed_bytes
         weighed.sort(key=lambda item: (0, item[0].cost, -item[1]) if item[1] >= fits else (1, 0, -item[1]))
         weighed = _one_of_each_first(weighed)
-    lines = [Advice(_what_holds(report, before, failed_bytes), None)]
+    lines = [Advice(_what_holds(report, before), None)]
     for option, saved in weighed:
         after_bytes, phase = _highest(option.change(before))
         left = f"{format_bytes(after_bytes)} would be in use"
@@ -125,7 +126,7 @@ def _together(weighed: list[tuple[Option, int]], before: Phases) -> tuple[Option
 # -- what holds the peak -------------------------------------------------------------------------------------------
 
 
-def _what_holds(report: MemoryReport, before: Phases, failed_bytes: int | None) -> str:
+def _what_holds(report: MemoryReport, before: Phases) -> str:
     peak_bytes, phase = _highest(before)
     categories = sorted(before[phase].items(), key=lambda item: -item[1])
     parts = [
@@ -134,7 +135,7 @@ def _what_holds(report: MemoryReport, before: Phases, failed_bytes: int | None) 
         if size >= 0.05 * peak_bytes
     ]
     where = f" in {spoken(phase)}" if phase else ""
-    if failed_bytes is not None:
+    if (failed_bytes := report.failed_request_bytes) is not None:
         text = f"{format_bytes(failed_bytes)} more was asked for{where}, with {format_bytes(report.peak_bytes)} in use"
     else:
         text = f"The peak, {format_bytes(report.peak_bytes)}, is reached{where}"

@@ -33,11 +33,8 @@ _TENSORS = _DUPLICATES = 10
 _SHORT_ADVICE, _ADVICE = 3, 5
 
 
-def render_report(report: MemoryReport, *, full: bool = False, failed_bytes: int | None = None) -> RenderableType:
-    """Categories at the peak, phases, modules, notes and advice; with `full` tensors, and more of the rest.
-
-    Where memory ran out, `failed_bytes` is the request that failed, and the advice is how to make room for it.
-    """
+def render_report(report: MemoryReport, *, full: bool = False) -> RenderableType:
+    """Categories at the peak, phases, modules, notes and advice; with `full` tensors, and more of the rest."""
     parts: list[RenderableType | None] = [heading(report), category_table(report)]
     if report.phases:
         parts.append(phase_table(report))
@@ -49,7 +46,7 @@ def render_report(report: MemoryReport, *, full: bool = False, failed_bytes: int
     else:
         parts.append(duplicates_line(report.duplicates))
     parts.append(notes_text(report.notes))
-    parts.append(advice_table(advise(report, failed_bytes), _ADVICE if full else _SHORT_ADVICE))
+    parts.append(advice_table(advise(report), _ADVICE if full else _SHORT_ADVICE))
     return Group(*_apart(part for part in parts if part is not None))
 
 
@@ -105,10 +102,8 @@ def comparison_names(comparison: Comparison) -> list[str]:
     return [printable(name) for name in (*comparison.names, *numbered)][:count]
 
 
-def print_report(
-    report: MemoryReport, console: Console | None = None, *, full: bool = False, failed_bytes: int | None = None
-) -> None:
-    (console or Console()).print(render_report(report, full=full, failed_bytes=failed_bytes))
+def print_report(report: MemoryReport, console: Console | None = None, *, full: bool = False) -> None:
+    (console or Console()).print(render_report(report, full=full))
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:

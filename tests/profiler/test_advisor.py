@@ -39,8 +39,8 @@ def find(advice: tuple[Advice, ...], *said: str) -> Advice:
     return found[0]
 
 
-def said(report: MemoryReport, **options: Any) -> str:
-    return "\n".join(one.text for one in advise(report, **options))
+def said(report: MemoryReport) -> str:
+    return "\n".join(one.text for one in advise(report))
 
 
 # -- against what was measured ---------------------------------------------------------------------------------------
@@ -298,29 +298,37 @@ def test_the_first_says_what_holds_the_peak_and_the_rest_goes_by_the_saving() ->
     assert rest[0].saves_bytes == max(one.saves_bytes or 0 for one in rest)
 
 
-def ran_out(report: MemoryReport, phase: str, categories: dict[Category, int] | None = None) -> MemoryReport:
+def ran_out(
+    report: MemoryReport, phase: str, failed_bytes: int, categories: dict[Category, int] | None = None
+) -> MemoryReport:
     """The report of a loop whose memory ran out in `phase`: at its peak, or with `categories` in use."""
     held = dict(categories or report.phases[phase].categories)
     moment = TimelinePoint(9_000_000, phase, sum(held.values()), held)
-    return dataclasses.replace(report, peak_bytes=moment.bytes, categories=held, timeline=(*report.timeline, moment))
+    return dataclasses.replace(
+        report,
+        peak_bytes=moment.bytes,
+        categories=held,
+        timeline=(*report.timeline, moment),
+        failed_request_bytes=failed_bytes,
+    )
 
 
 def test_out_of_memory_says_first_what_would_make_room() -> None:
-    report = ran_out(transformer(12), "forward")
-    advice = advise(report, failed_bytes=300 * MIB)
+    report = ran_out(transformer(12), "forward", 300 * MIB)
+    advice = advise(report)
     assert advice[0].text.startswith("300.00 MiB more was asked for in forward")
     for one in advice[1:]:
         assert ("makes room" in one.text) == ((one.saves_bytes or 0) >= 300 * MIB)
     assert "makes room" in advice[1].text
     assert "Half the batch" in "".join(one.text for one in advice)
-    assert "Half the batch" not in said(report)
+    assert "Half the batch" not in said(dataclasses.replace(report, failed_request_bytes=None))
 
 
 @pytest.mark.parametrize("weight_bytes", [2, 4])
 @pytest.mark.parametrize("failed_bytes", [1, 20 * MIB, 900 * MIB])
 def test_out_of_memory_says_one_change_of_each_kind_before_a_second(failed_bytes: int, weight_bytes: int) -> None:
-    report = ran_out(transformer(12, weight_bytes=weight_bytes, activations=4 * MIB), "backward")
-    texts = [one.text for one in advise(report, failed_bytes)[1:]]
+    report = ran_out(transformer(12, weight_bytes=weight_bytes, activations=4 * MIB), "backward", failed_bytes)
+    texts = [one.text for one in advise(report)[1:]]
     kinds = ["both" if ", both." in text else text.partition("(")[0].split()[0] for text in texts]
     assert len(kinds) > len(set(kinds)) >= 3
     assert len(set(kinds[: len(set(kinds))])) == len(set(kinds))
@@ -329,10 +337,10 @@ def test_out_of_memory_says_one_change_of_each_kind_before_a_second(failed_bytes
 def test_out_of_memory_is_about_that_moment_and_no_other_phase() -> None:
     # Memory ran out early in backward, lower than forward had been: what is saved is saved there.
     moment = {Category.WEIGHTS: 12 * MIB, Category.ACTIVATIONS: 400 * MIB, Category.OPTIMIZER_STATE: 24 * MIB}
-    low = ran_out(transformer(12), "backward", moment)
-    said_first, *_ = advise(low, failed_bytes=MIB)
+    low = ran_out(transformer(12), "backward", MIB, moment)
+    said_first, *_ = advise(low)
     assert said_first.text.startswith("1.00 MiB more was asked for in backward, with 436.00 MiB in use")
-    advice = find(advise(low, failed_bytes=MIB), "Half the batch")
+    advice = find(advise(low), "Half the batch")
     assert advice.saves_bytes == 200 * MIB
     assert "236.00 MiB would be in use" in advice.text
 
@@ -340,8 +348,8 @@ def test_out_of_memory_is_about_that_moment_and_no_other_phase() -> None:
 def test_out_of_memory_in_the_optimizers_step_is_not_the_batchs_fault() -> None:
     # Some of the step's temporaries are there, which no smaller batch makes fewer: below the step's own peak.
     moment = {Category.WEIGHTS: 12 * MIB, Category.OPTIMIZER_STATE: 12 * MIB, Category.TEMPORARIES: 6 * MIB}
-    report = ran_out(transformer(12), "optimizer_step", moment)
-    assert "Half the batch" not in said(report, failed_bytes=MIB)
+    report = ran_out(transformer(12), "optimizer_step", MIB, moment)
+    assert "Half the batch" not in said(report)
 
 
 def test_a_report_of_nothing_is_no_reason_for_advice() -> None:

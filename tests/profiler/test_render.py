@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+from pathlib import Path
 
 import pytest
 from reports import MIB, transformer
@@ -38,9 +39,11 @@ def test_words() -> None:
     assert printable("a\x1b[31m\nb\ud800") == "a?[31m?b?"
 
 
-def test_when_memory_ran_out_the_advice_is_how_to_make_room() -> None:
+def test_when_memory_ran_out_the_advice_is_how_to_make_room_also_in_a_saved_report(tmp_path: Path) -> None:
+    report = dataclasses.replace(transformer(), failed_request_bytes=300 * MIB)
+    report.save(tmp_path / "report.json")
     out = io.StringIO()
-    print_report(transformer(), Console(file=out, width=100), failed_bytes=300 * MIB)
+    print_report(MemoryReport.load(tmp_path / "report.json"), Console(file=out, width=100))
     text = " ".join(out.getvalue().split())
     assert "300.00 MiB more was asked for" in text
     assert "makes room for the 300.00 MiB that failed" in text
