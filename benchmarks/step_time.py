@@ -75,7 +75,7 @@ class Released(MasterAdamW):
         for group in self.param_groups:
             for parameter in group["params"]:
                 parameter.grad = torch.full_like(parameter, 1e-3)
-                self.step_one(parameter, group, scale)
+                self.step_some([parameter], group, scale)
                 parameter.grad = None
 
 
