@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels import cross_entropy_kernel_for
+from .shards import layout
 from .storage import HALF_DTYPES
 
 SMALLEST = 2**20
@@ -23,8 +24,12 @@ SMALLEST = 2**20
 def serves(logits: Any, target: Any, weight: Any, label_smoothing: float) -> bool:
     """Whether `cross_entropy` can take the place of `F.cross_entropy` for these arguments, and is worth it."""
     return (
-        isinstance(logits, Tensor)
+        not torch.compiler.is_compiling()
+        and isinstance(logits, Tensor)
         and isinstance(target, Tensor)
+        and layout(logits) is layout(target) is None
+        and torch._C._functorch.maybe_current_level() is None  # vmap, and what is built on it
+        and target.device == logits.device
         and logits.dtype in HALF_DTYPES
         and logits.dim() == 2
         and logits.requires_grad
@@ -33,7 +38,6 @@ def serves(logits: Any, target: Any, weight: Any, label_smoothing: float) -> boo
         and target.shape == logits.shape[:1]
         and weight is None
         and label_smoothing == 0
-        and not torch.compiler.is_compiling()
     )
 
 

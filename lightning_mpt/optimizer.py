@@ -145,7 +145,9 @@ class MasterAdamW(MasterOptimizer, AdamW):
             devices = dict.fromkeys(map(DEVICE, parameters))
             for device in devices:
                 own = parameters if len(devices) == 1 else [one for one in parameters if one.device == device]
-                self._step(group, own, [one.grad for one in own if one.grad is not None])
+                gradients = [one.grad for one in own if one.grad is not None]
+                refuse_sparse(gradients)
+                self._step(group, own, gradients)
         return loss
 
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
@@ -167,7 +169,7 @@ class MasterAdamW(MasterOptimizer, AdamW):
             `found_inf`, float32, one for each parameter: not zero where its gradient was not finite, and nothing of it
             has changed.
         """
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        gradients = [gradient for parameter in parameters if (gradient := parameter.grad) is not None]
         refuse_sparse(gradients)
         found_inf = self._kernel(parameters[0].device).scan_each(gradients)
         self.grad_scale, self.found_inf, self.clip_value = scale, found_inf, clip_value
@@ -183,7 +185,6 @@ class MasterAdamW(MasterOptimizer, AdamW):
 
     def _step(self, group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor]) -> None:
         """Update the parameters of a group that have gradients and share a device."""
-        refuse_sparse(gradients)
         device = parameters[0].device
         found_inf = self._found_inf(device)
         if device.type == "cpu" and found_inf is not None and found_inf.numel() == 1:
@@ -226,7 +227,7 @@ class MasterAdamW(MasterOptimizer, AdamW):
             if ready is not None:
                 known.clear()  # they keep what they were made of, and with it its memory
             slot_of = partial(self._new_slot, amsgrad=amsgrad)
-            ready = known[key] = Ready(parameters, slot_of, self.state, self.masters, amsgrad=amsgrad)
+            ready = known[key] = Ready(parameters, slot_of, self.state, self.masters)
             room = KEPT_TURNS * sum(len(group["params"]) for group in self.param_groups)
             while sum(map(len, known.values())) > room and len(known) > 1:
                 del known[next(iter(known))]

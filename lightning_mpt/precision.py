@@ -188,7 +188,7 @@ class MasterWeightPrecision(MasterWeightPipeline, Precision):
                 clip_val=module.trainer.gradient_clip_val,
                 algorithm=module.trainer.gradient_clip_algorithm,
             )
-        return GradientRelease(self._adopted)
+        return GradientRelease(self._adopted, {parameter: name for name, parameter in module.named_parameters()})
 
     def _reload_masters(self, checkpoint: str | Path | None) -> None:
         """Where torch has loaded a file into half parameters alone, give the masters the FP32 values that it holds."""

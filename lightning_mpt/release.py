@@ -1,13 +1,14 @@
 """Gradient release: each parameter is updated within backward once its gradient is complete, which is then freed.
 
 Gradients never add up: at any moment there are those that backward is working on, and, on CUDA, as many others as are
-worth a launch of the update's kernel together. What needs to see them all before
-the first is used cannot be had with it: a step that is skipped as a whole, a dynamic loss scale, the norm that clipping
-divides by, and accumulation over batches. A parameter whose gradient is not finite is skipped alone, and counted.
+worth a launch of the update's kernel together. What needs to see them all before the first is used cannot be had with
+it: a step that is skipped as a whole, a dynamic loss scale, the norm that clipping divides by, and accumulation over
+batches. A parameter whose gradient is not finite is skipped alone, and counted.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -48,26 +49,28 @@ class GradientRelease:
     Args:
         optimizers: all that train the module. There must be one, a MasterAdamW; its parameters are updated in place,
             with the settings that their groups have at that moment.
+        names: of the parameters, for messages.
 
     Raises:
         ValueError: there are others.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+    def __init__(self, optimizers: Sequence[Optimizer], names: Mapping[Tensor, str]) -> None:
         optimizer = optimizers[0]
         if len(optimizers) > 1 or not isinstance(optimizer, MasterAdamW):
-            names = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
+            kinds = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
             raise ValueError(
-                f"gradient_release=True is for a single AdamW or Adam, and there are {names}: with several, backward "
+                f"gradient_release=True is for a single AdamW or Adam, and there are {kinds}: with several, backward "
                 "does not know whose step it is, and other rules are not ours to take apart. Leave it out."
             )
-        self._optimizer = optimizer
+        self._optimizer, self._names = optimizer, names
         self._handles: dict[Tensor, Any] = {}
         self._groups: dict[Tensor, dict[str, Any]] = {}
         self.found: dict[Tensor, Tensor] = {}
         """Of the last backward, until its step: whether each gradient was not finite, as `step_some` says it."""
-        self._waiting: dict[int, list[Tensor]] = {}
-        """By their group's id: parameters whose gradients are complete."""
+        self._waiting: dict[tuple[int, torch.device], dict[Tensor, None]] = {}
+        """By their group's id and by device: parameters whose gradients are complete."""
+        self._waiting_numel = 0
         self._scale: Tensor | None = None
         self._clip_value: float | None = None
 
@@ -84,13 +87,14 @@ class GradientRelease:
             if parameter not in self._handles and parameter.requires_grad:
                 self._handles[parameter] = parameter.register_post_accumulate_grad_hook(self._complete)
         self._scale, self._clip_value = scale, float(clip_value) if clip_value else None
-        self.found, self._waiting = {}, {}
+        self.found = {}
         try:
             yield
-            for parameters in self._waiting.values():
-                self._update(parameters)
+            self._update_waiting()
         finally:
-            self._scale, self._waiting = None, {}
+            for parameter in chain.from_iterable(self._waiting.values()):
+                parameter.grad = None  # of a backward that ended in an exception
+            self._scale, self._waiting, self._waiting_numel = None, {}, 0
 
     def check_clipping(self, clip_val: float, algorithm: str) -> None:
         """ValueError if gradients, which are gone by now, were not clipped as is asked for."""
@@ -116,23 +120,34 @@ class GradientRelease:
 
     def _complete(self, parameter: Tensor) -> None:
         """Update the parameter, or let it wait until it is worth a launch together with others."""
-        group = self._groups.get(parameter)
-        if self._scale is None or group is None or parameter.grad is None:
+        group, gradient = self._groups.get(parameter), parameter.grad
+        if self._scale is None or group is None or gradient is None:
             return
-        waiting = self._waiting.setdefault(id(group), [])
-        if waiting and waiting[0].device != parameter.device:
-            self._update(waiting)
-        waiting.append(parameter)
-        if sum(map(Tensor.numel, waiting)) >= self._optimizer.elements_worth_a_launch(parameter.device):
-            self._update(waiting)
+        if parameter in self.found:
+            raise RuntimeError(
+                f"The gradient of {self._names.get(parameter, 'a parameter')} came again after it was updated, and "
+                "gradient_release=True has used its first part by then. A module that checkpoint(use_reentrant=True) "
+                "runs in several places does that: give use_reentrant=False, or leave gradient_release out."
+            )
+        if not gradient.numel():
+            parameter.grad = None
+            return
+        waiting = self._waiting.setdefault((id(group), parameter.device), {})
+        if parameter in waiting:
+            return  # more of its gradient has come in time
+        waiting[parameter] = None
+        self._waiting_numel += parameter.numel()
+        if self._waiting_numel >= self._optimizer.elements_worth_a_launch(parameter.device):
+            self._update_waiting()
 
     @torch.no_grad()
-    def _update(self, waiting: list[Tensor]) -> None:
-        """Update parameters of one group, free their gradients, and empty the list."""
-        if waiting and self._scale is not None:
-            group = self._groups[waiting[0]]
-            found = self._optimizer.step_some(waiting, group, self._scale, self._clip_value)
-            self.found.update(zip(waiting, found.unbind(), strict=True))
-            for parameter in waiting:
+    def _update_waiting(self) -> None:
+        """Update all that wait, group by group, and free their gradients."""
+        assert self._scale is not None
+        waiting, self._waiting, self._waiting_numel = self._waiting, {}, 0
+        for parameters in map(list, waiting.values()):
+            group = self._groups[parameters[0]]
+            found = self._optimizer.step_some(parameters, group, self._scale, self._clip_value)
+            self.found.update(zip(parameters, found.unbind(), strict=True))
+            for parameter in parameters:
                 parameter.grad = None
-        waiting.clear()

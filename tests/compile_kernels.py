@@ -17,8 +17,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from lightning_mpt.kernels.tiling import SCAN_BLOCK
 from lightning_mpt.kernels.triton.cross_entropy import BLOCK, OPTIONS
-from lightning_mpt.kernels.triton.launch import COMPILE_OPTIONS, SCAN_BLOCK, TYPES, specialization
+from lightning_mpt.kernels.triton.launch import COMPILE_OPTIONS, TYPES, specialization
 from lightning_mpt.kernels.triton.row_losses import gradient_kernel, row_losses_kernel
 from lightning_mpt.kernels.triton.scan import scan_kernel
 from lightning_mpt.kernels.triton.update import adamw_kernel
@@ -29,7 +30,7 @@ POINTERS = {
     "table": "*i64", "gradients": "*i64", "sizes": "*i64", "owners": "*i32", "numbers": "*i32",
     "found_inf": "*fp32", "multiplier_tensor": "*fp32", "squares": "*fp32", "flags": "*fp32",
     "target": "*i64", "losses": "*fp32", "log_sums": "*fp32", "gradient": "*fp32",
-    "classes": "i32", "ignore_index": "i32", "found_stride": "i32",
+    "classes": "i32", "stride": "i32", "ignore_index": "i32", "found_stride": "i32",
 }  # fmt: skip
 POINTER_TO = {torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

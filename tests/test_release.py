@@ -10,10 +10,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from training import Classifier, adamw, classification, fit, loader, mlp, trainer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_mpt import PRESETS, MasterAdamW, MasterWeightPrecision
+from lightning_mpt.kernels import tiling
 from lightning_mpt.profiler import Category, MemoryProfiler
 
 BATCHES = 30
@@ -107,9 +109,7 @@ def _by_triton(triton_kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_by_triton")
 @pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow) encountered:RuntimeWarning")
 def test_with_the_kernel_as_many_wait_for_one_another_as_are_worth_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_mpt.kernels.triton import launch
-
-    monkeypatch.setattr(launch, "RELEASES", 4)
+    monkeypatch.setattr(tiling, "RELEASES", 4)
     alive, launches = [], []
     step_some = MasterAdamW.step_some
 
@@ -133,6 +133,68 @@ def test_with_the_kernel_as_many_wait_for_one_another_as_are_worth_a_launch(monk
     assert len(launches) <= 4 * 5
     assert max(alive) <= total // 4 + 16 * 17
     torch.testing.assert_close(ours.state_dict(), plain.state_dict(), **ROUNDING)
+
+
+class Several(Classifier):
+    """Every parameter is a group of its own; one of them has no elements."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(net, lambda module: torch.optim.AdamW([{"params": [p]} for p in module.parameters()], lr=1e-2))
+        self.empty = nn.Parameter(torch.zeros(0))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        assert loss is not None
+        return loss + self.empty.sum()
+
+
+@pytest.mark.parametrize("kernel", ["reference", "triton"])
+@pytest.mark.parametrize("options", [{}, PRESETS["compact"]], ids=["exact", "compact"])
+@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow) encountered:RuntimeWarning")
+def test_with_batchnorm_many_groups_and_an_empty_parameter(
+    kernel: str, options: dict[str, Any], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients of two dtypes meet in a launch, in the half default dtype of backward."""
+    if kernel == "triton":
+        request.getfixturevalue("_by_triton")
+    monkeypatch.setattr(tiling, "RELEASES", 4)
+    layers = [layer for _ in range(6) for layer in (nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU())]
+    ours = Several(nn.Sequential(*layers, nn.Linear(16, 4)))
+    plain = copy.deepcopy(ours)
+    total, alive = sum(parameter.numel() for parameter in ours.parameters()), []
+
+    def count(parameter: Tensor) -> None:
+        alive.append(sum(other.numel() for other in ours.parameters() if other.grad is not None))
+
+    for parameter in ours.parameters():
+        parameter.register_post_accumulate_grad_hook(count)
+    fit(ours, classification(4), released(**options))
+    fit(plain, classification(4), released(gradient_release=False, **options))
+    assert max(alive) <= total // 4 + 17 * 16
+    if not options:
+        torch.testing.assert_close(ours.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-6)
+    assert ours.losses == pytest.approx(plain.losses, rel=0.02)
+
+
+class Recomputing(Classifier):
+    """Its only layer runs in three checkpointed segments."""
+
+    def __init__(self, use_reentrant: bool) -> None:
+        super().__init__(nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 4)]))
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner, last = self.net  # type: ignore[misc]
+        x = x.requires_grad_()
+        for _ in range(3):
+            x = checkpoint(inner, x, use_reentrant=self.use_reentrant)
+        return last(x)
+
+
+def test_a_gradient_that_comes_in_parts_is_refused_by_name() -> None:
+    fit(Recomputing(False), classification(2), released())
+    with pytest.raises(RuntimeError, match=r"gradient of net\.0\.bias came again .* use_reentrant=False"):
+        fit(Recomputing(True), classification(2), released())
 
 
 @pytest.mark.parametrize("kernel", ["reference", "triton"])

@@ -15,13 +15,11 @@ from .. import cross_entropy, masters, pieces
 from ..base import MasterOptimizer
 from ..kernels.reference import ReferenceKernel
 from ..kernels.slots import Slot
+from ..kernels.tiling import BLOCK, SCAN_BLOCK, elements_worth_a_launch, tile_counts
 from ..precisions import trainer_arguments
 from ..profiler.estimate import CPU, CUDA, Device
 
 DEVICES = {"cuda": CUDA, "cpu": CPU}
-UPDATE_TILE, SCAN_TILE = 2048, 8192
-RELEASES, LARGEST_RELEASED = 32, 2**24
-"""BLOCK, SCAN_BLOCK and the others of the Triton kernel (`kernels/triton/launch.py`), which may be missing here."""
 
 
 def imagined_arguments(precision: str) -> Mapping[str, Any]:
@@ -40,7 +38,7 @@ class ImaginedKernel:
     """The tables and the scratch of the Triton kernel: which is all that it allocates, since it updates in place."""
 
     def __init__(self, model_numel: int) -> None:
-        self.elements_worth_a_launch = max(1, min(LARGEST_RELEASED, model_numel // RELEASES))
+        self.elements_worth_a_launch = elements_worth_a_launch(model_numel)
         self._tables: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     def tables(self) -> Iterable[Tensor]:
@@ -49,11 +47,11 @@ class ImaginedKernel:
     def adamw_(self, slots: Sequence[Slot], gradients: Sequence[Tensor], *_: Any, **__: Any) -> None:
         sizes = tuple(slot.weight.numel() for slot in slots)
         columns = 2 + len(slots[0].moments) * 2 + 2 if slots else 0
-        self._keep("update", sizes, _tiles(sizes, UPDATE_TILE) * 8 + len(sizes) * (columns + 1) * 8)
+        self._keep("update", sizes, sum(tile_counts(sizes, BLOCK)) * 8 + len(sizes) * (columns + 1) * 8)
 
     def scan_gradients(self, gradients: Sequence[Tensor], *, norm: bool) -> tuple[Tensor, Tensor | None]:
         sizes = tuple(gradient.numel() for gradient in gradients)
-        tiles = _tiles(sizes, SCAN_TILE)
+        tiles = sum(tile_counts(sizes, SCAN_BLOCK))
         self._keep("scan", sizes, tiles * 8 + len(sizes) * 16)
         torch.empty(2, tiles, dtype=torch.float32)
         # A constant, so that the host knows it: no step is skipped.
@@ -91,10 +89,6 @@ class CountedReference(ReferenceKernel):
         if steps <= self._began:
             super().adamw_(slots, *arguments, **options)
         self._began |= steps
-
-
-def _tiles(sizes: Sequence[int], tile: int) -> int:
-    return sum(-(-size // tile) for size in sizes)
 
 
 def imagined_device(name: str) -> Device:

@@ -1,6 +1,7 @@
 """Cross entropy of half logits row by row in plain torch, some rows at a time: the readable truth of the kernel."""
 
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ class ReferenceCrossEntropy:
         """The loss of each row.
 
         Args:
-            logits: rows x classes, float16 or bfloat16.
+            logits: rows x classes, float16 or bfloat16; at least one class.
             target: a class for each row, int64.
             ignore_index: rows with this target have a loss of 0.
 
@@ -67,6 +68,6 @@ def _losses_of(fp32: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor,
     return torch.where(target == ignore_index, picked, log_sums + picked), log_sums
 
 
-def _some_rows(logits: Tensor) -> Any:
+def _some_rows(logits: Tensor) -> Iterator[slice]:
     at_once = LOGITS_AT_ONCE.get(logits.device.type, DEFAULT_AT_ONCE)
     return pieces(len(logits), max(1, at_once // logits.shape[1]))

@@ -11,8 +11,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.estimate import Case, gpt2
 from benchmarks.recorded import Step
 from lightning_mpt.cli.estimate import estimate
-from lightning_mpt.cli.imagined import SCAN_TILE, UPDATE_TILE
-from lightning_mpt.kernels.triton.launch import BLOCK, SCAN_BLOCK
 from lightning_mpt.profiler.estimate import Trial
 from lightning_mpt.profiler.estimate.corrections import (
     AUTOCAST_FP32_RESULT,
@@ -174,10 +172,6 @@ def test_our_kernel_needs_next_to_nothing_within_its_step(precision: str) -> Non
     assert sizes["in_step"] - CUBLAS_WORKSPACE_BYTES < 0.01 * sizes["weights"] + 4096
     if precision.endswith("minimal"):
         assert sizes["gradients"] < 0.5 * sizes["weights"]
-
-
-def test_the_tiles_are_those_of_the_kernel() -> None:
-    assert (UPDATE_TILE, SCAN_TILE) == (BLOCK, SCAN_BLOCK)
 
 
 def test_16_mixed_needs_what_bf16_mixed_needs() -> None:

@@ -13,20 +13,15 @@ from torch import Tensor
 from ...pieces import dense, ordered_like
 from ...storage import MasterStorage, Moment, MomentStorage
 from ..slots import GradientTransform, Slot, Slots
+from ..tiling import BLOCK, SCAN_BLOCK, TAIL, elements_worth_a_launch, tile_counts
 from .formats import ITSELF, MASTER_FORMATS, MOMENT_FORMATS
 from .scan import scan_kernel
 from .update import adamw_kernel
 
-BLOCK = 2048
-"""Elements that a program of the update works on: 16 for each of its 128 threads, 16 bytes of the smallest codes."""
-TAIL = 256
-SCAN_BLOCK = 8192
 KEPT_BYTES = 2**26
 """Tables for gradients that are not there any more go once all are larger than this."""
 KEPT_SCANS = 8
 """But not the newest."""
-RELEASES, LARGEST_RELEASED = 32, 2**24
-"""Where gradients are released, so many wait for one another: a launch for each parameter takes longer than it runs."""
 DTYPE = attrgetter("dtype")
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 COMPILE_OPTIONS = {"num_warps": 4, "maxnreg": 128, "enable_fp_fusion": False}
@@ -43,7 +38,7 @@ class TritonKernel:
     """
 
     def __init__(self, model_numel: int = 0) -> None:
-        self.elements_worth_a_launch = max(1, min(LARGEST_RELEASED, model_numel // RELEASES))
+        self.elements_worth_a_launch = elements_worth_a_launch(model_numel)
         self._updates: WeakKeyDictionary[Slots, dict[Hashable, list[_Update]]] = WeakKeyDictionary()
         """By the gradients' dtypes and the kernel's options."""
         self._scans: dict[Hashable, _Tiles] = {}
@@ -78,14 +73,15 @@ class TritonKernel:
         `found_inf` may have a number for each slot: where that is not zero, nothing of the slot changes.
         """
         multiplier, clip_value = transform
+        beta1, beta2 = map(float, betas)
         hyperparameters = {
             **_number_or_tensor("multiplier", multiplier),
             **_number_or_tensor("lr", lr),
-            "one_minus_beta1": 1.0 - betas[0],
-            "beta2": float(betas[1]),
-            "one_minus_beta2": 1.0 - betas[1],
-            "log_beta1": _log(betas[0]),
-            "log_beta2": _log(betas[1]),
+            "one_minus_beta1": 1.0 - beta1,
+            "beta2": beta2,
+            "one_minus_beta2": 1.0 - beta2,
+            "log_beta1": _log(beta1),
+            "log_beta2": _log(beta2),
             "eps": float(eps),
             "weight_decay": float(weight_decay),
             "clip_value": 0.0 if clip_value is None else float(clip_value),
@@ -97,12 +93,13 @@ class TritonKernel:
             "decoupled": decoupled,
             "maximize": maximize,
         }
-        for update in self._updates_of(Slots.of(slots), gradients, options):
-            update.launch(gradients, found_inf, hyperparameters)
+        with torch.cuda.device_of(gradients[0]):  # Triton launches on the current device, whosever the tensors are
+            for update in self._updates_of(Slots.of(slots), gradients, options):
+                update.launch(gradients, found_inf, hyperparameters)
 
     def scan_gradients(self, gradients: Sequence[Tensor], *, norm: bool) -> tuple[Tensor, Tensor | None]:
         """One read of all gradients. As `scan_gradients` of the reference."""
-        scans = [self._scan(dtype, some)[1:] for dtype, some in _by_dtype(gradients).items()]
+        scans = [self._scan(dtype, some)[1:] for dtype, (some, _) in _by_dtype(gradients).items()]
         if not scans:
             zero = torch.zeros((), dtype=torch.float32, device=gradients[0].device)
             return zero, zero if norm else None
@@ -112,13 +109,12 @@ class TritonKernel:
     def scan_each(self, gradients: Sequence[Tensor]) -> Tensor:
         """One read of all gradients. As `scan_each` of the reference."""
         found = torch.zeros(len(gradients), dtype=torch.float32, device=gradients[0].device)
-        for dtype, some in _by_dtype(gradients).items():
+        for dtype, (some, places) in _by_dtype(gradients).items():
             tiles, _, flags = self._scan(dtype, some)
-            own = found if len(some) == len(gradients) else torch.zeros(len(some), device=found.device)
-            own.scatter_reduce_(0, tiles.owners.long(), flags, "amax")
-            if own is not found:
-                places = [index for index, one in enumerate(gradients) if one.dtype == dtype and one.numel()]
-                found.index_copy_(0, _on_device(places, found.device), own)
+            owners = tiles.owners.long()
+            if places is not None:
+                owners = _on_device(places, found.device)[owners]
+            found.scatter_reduce_(0, owners, flags, "amax")
         return found
 
     def _scan(self, dtype: torch.dtype, gradients: Sequence[Tensor]) -> "tuple[_Tiles, Tensor, Tensor]":
@@ -127,10 +123,11 @@ class TritonKernel:
             gradients = [dense(gradient) for gradient in gradients]
         tiles = self._tiles(dtype, gradients)
         squares, flags = torch.empty(2, tiles.count, dtype=torch.float32, device=gradients[0].device)
-        scan_kernel[(tiles.count,)](
-            tiles.addresses_of(gradients), tiles.sizes, tiles.owners, tiles.numbers, squares, flags,
-            GRADIENT=TYPES[dtype], BLOCK=SCAN_BLOCK, **COMPILE_OPTIONS,
-        )  # fmt: skip
+        with torch.cuda.device_of(squares):
+            scan_kernel[(tiles.count,)](
+                tiles.addresses_of(gradients), tiles.sizes, tiles.owners, tiles.numbers, squares, flags,
+                GRADIENT=TYPES[dtype], BLOCK=SCAN_BLOCK, **COMPILE_OPTIONS,
+            )  # fmt: skip
         return tiles, squares, flags
 
     def _updates_of(self, slots: Slots, gradients: Sequence[Tensor], options: dict[str, Any]) -> "list[_Update]":
@@ -177,12 +174,12 @@ class _Tiles:
     """
 
     def __init__(self, sizes: Sequence[int], block: int, device: torch.device) -> None:
-        counts = torch.tensor([-(-size // block) for size in sizes])
-        owners = torch.arange(len(sizes)).repeat_interleave(counts)
+        counts = torch.tensor(tile_counts(sizes, block), device="cpu")
+        owners = torch.arange(len(sizes), device="cpu").repeat_interleave(counts)
         firsts = (counts.cumsum(0) - counts)[owners]
         self.count = len(owners)
         self.owners = _to_device(owners.int(), device)
-        self.numbers = _to_device((torch.arange(self.count) - firsts).int(), device)
+        self.numbers = _to_device((torch.arange(self.count, device="cpu") - firsts).int(), device)
         self.sizes = _on_device(sizes, device)
         self._addresses: list[int] = []
         self._table: Tensor | None = None
@@ -302,7 +299,7 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
-    return _to_device(torch.tensor(numbers, dtype=torch.int64), device)
+    return _to_device(torch.tensor(numbers, dtype=torch.int64, device="cpu"), device)
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -324,15 +321,15 @@ def _amsgrad(slots: Slots) -> bool:
     return slots[0].max_exp_avg_sq is not None
 
 
-def _by_dtype(gradients: Sequence[Tensor]) -> dict[torch.dtype, Sequence[Tensor]]:
-    """The gradients that have elements, by dtype."""
+def _by_dtype(gradients: Sequence[Tensor]) -> dict[torch.dtype, tuple[Sequence[Tensor], list[int] | None]]:
+    """The gradients that have elements, by dtype, and which of all they are; None where they are all."""
     if all(map(Tensor.numel, gradients)) and len(set(map(DTYPE, gradients))) == 1:
-        return {gradients[0].dtype: gradients}
-    alike: dict[torch.dtype, list[Tensor]] = {}
-    for gradient in gradients:
+        return {gradients[0].dtype: (gradients, None)}
+    places: dict[torch.dtype, list[int]] = {}
+    for place, gradient in enumerate(gradients):
         if gradient.numel():
-            alike.setdefault(gradient.dtype, []).append(gradient)
-    return alike  # type: ignore[return-value]
+            places.setdefault(gradient.dtype, []).append(place)
+    return {dtype: ([gradients[place] for place in own], own) for dtype, own in places.items()}
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:

@@ -15,11 +15,11 @@ from .tile import load, offsets_of, store
 
 @triton.jit
 def row_losses_kernel(
-    logits, target, losses, log_sums, classes, ignore_index, DTYPE: tl.constexpr, BLOCK: tl.constexpr
+    logits, target, losses, log_sums, classes, stride, ignore_index, DTYPE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The loss of a row, and its log of the sum of exponentials, by one program."""
+    """The loss of a row, and its log of the sum of exponentials, by one program. Rows are `stride` elements apart."""
     row = tl.program_id(0).to(tl.int64)
-    base, first = _row(logits, row, classes)
+    base, first = _row(logits, row, stride)
     offsets = offsets_of(BLOCK)
     largest = -float("inf")
     total = 0.0
@@ -38,18 +38,19 @@ def row_losses_kernel(
     log_sum = tl.log(total) + tl.where(largest == -float("inf"), 0.0, largest)
     wanted = tl.load(target + row)
     counts = wanted != ignore_index
-    picked = tl.load(logits + row * classes + tl.where(counts, wanted, 0)).to(tl.float32)
+    picked = tl.load(logits + row * stride + tl.where(counts, wanted, 0)).to(tl.float32)
     tl.store(losses + row, tl.where(counts, log_sum - picked, 0.0))
     tl.store(log_sums + row, log_sum)
 
 
 @triton.jit
 def gradient_kernel(
-    logits, target, log_sums, gradient, result, classes, ignore_index, DTYPE: tl.constexpr, BLOCK: tl.constexpr
-):
+    logits, target, log_sums, gradient, result, classes, stride, ignore_index,
+    DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The gradient of a row's logits in one block, by one program: (softmax - one hot) times that of the row's loss."""
     row = tl.program_id(0).to(tl.int64)
-    base, first = _row(logits, row, classes)
+    base, first = _row(logits, row, stride)
     out, out_first = _row(result, row, classes)
     start = tl.program_id(1) * BLOCK
     if start < first + classes:
@@ -80,8 +81,8 @@ def _gradient(
 
 
 @triton.jit
-def _row(tensor, row, classes):
+def _row(tensor, row, stride):
     """The last address before the row that is a multiple of 16, and how many elements further on the row begins."""
-    address = tensor.to(tl.int64) + row * classes * 2
+    address = tensor.to(tl.int64) + row * stride * 2
     before = address % 16
     return address - before, before // 2
