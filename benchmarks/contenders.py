@@ -54,7 +54,7 @@ def autocast_step(shapes: Shapes, device: str) -> Step:
 def scaled_step(optimizer: torch.optim.Optimizer, device: str) -> Step:
     """A step as `torch.amp.GradScaler` drives it: look for inf and NaN, then unscale within the update.
 
-    Not the scaler's `update`: it would let the scale drift between rounds, and is the same for both.
+    The scale is set to 1 again after each step, so that it does not drift between rounds.
     """
     scaler = torch.amp.GradScaler(device, init_scale=1.0)
     scaler.scale(torch.ones((), device=device))

@@ -60,6 +60,26 @@ def trained(result: dict[str, Any]) -> str:
     return "\n\n".join([table(head, rows), *left_out(result, "train:")]) + source(result)
 
 
+def others(result: dict[str, Any]) -> str:
+    """Cross entropy beside torch's, and what recording costs."""
+    rows = [
+        [
+            f"cross entropy of {piece['rows']} x {piece['classes']} bf16 logits, {name}",
+            f"{1e3 * one['median_s']:.2f} ms",
+        ]
+        for _, piece in found(result, "loss:")
+        for name, one in piece["cases"].items()
+    ]
+    rows += [
+        [f"a step of GPT-2, {piece['batch_size']} x {piece['seq_len']}, {what}", f"{piece[key]:.3f} times"]
+        for _, piece in found(result, "recording:")
+        for what, key in (("recorded", "recording"), ("with a recorder that is done", "not_recording"))
+    ]
+    parts = [table(["what", "median"], rows)] if rows else []
+    parts += left_out(result, "loss:", "recording:")
+    return "\n\n".join(parts) + source(result)
+
+
 def tests(result: dict[str, Any]) -> str:
     """How the tests that need a GPU went."""
     piece = result["pieces"]["tests"]
@@ -77,8 +97,8 @@ def speed(result: dict[str, Any]) -> str:
     return (
         f"An optimizer step over {large['parameters'] / 1e6:.0f} million parameters on a GPU runs at {share:.0%} of "
         f"the bandwidth of a copy, in {exact[times]:.2f} of the device's\ntime for fused FP32 AdamW with what mixed "
-        f"precision adds to it; `compact` in {compact[times]:.2f}. Over 1000 small tensors `compact` is {flash:.1f} "
-        "times\nas fast as FlashOptim."
+        f"precision adds to it; `compact` in {compact[times]:.2f}. Over 1000 small tensors, the "
+        f"host's part\nincluded, `compact` is {flash:.1f} times as fast as FlashOptim."
     ) + source(result)
 
 
@@ -90,8 +110,10 @@ def found(result: dict[str, Any], *beginnings: str) -> Iterator[tuple[str, dict[
 
 
 def left_out(result: dict[str, Any], *beginnings: str) -> list[str]:
-    """A sentence about the pieces of these names that were not."""
-    names = [
-        f"`{name}`" for name, piece in result["pieces"].items() if name.startswith(beginnings) and "error" in piece
-    ]
-    return [f"Not measured in that run, whose time was over: {', '.join(names)}."] if names else []
+    """Sentences about the pieces of these names that were not measured."""
+    why = {name: piece["error"] for name, piece in result["pieces"].items() if "error" in piece}
+    own = [name for name in why if name.startswith(beginnings)]
+    late = [f"`{name}`" for name in own if why[name].startswith("left out")]
+    failed = [f"`{name}` {why[name]}" for name in own if not why[name].startswith("left out")]
+    told = [f"Not measured in that run, whose time was over: {', '.join(late)}."] if late else []
+    return told + ([f"Not measured: {'; '.join(failed)}."] if failed else [])

@@ -303,6 +303,7 @@ NUMBERS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "networks-measured": ("networks_cuda", networks_measured),
     "cuda-steps": ("cuda-*", cuda_words.steps),
     "cuda-trained": ("cuda-*", cuda_words.trained),
+    "cuda-others": ("cuda-*", cuda_words.others),
     "cuda-tests": ("cuda-*", cuda_words.tests),
     "cuda-speed": ("cuda-*", cuda_words.speed),
     "lightning-suite": ("lightning_suite", lightning_suite),

@@ -88,7 +88,7 @@ def _cpu_for_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "SHAPES": {"10M": {"width": 16, "layers": 1}},
         "cuda_clock": wall_clock,
         "synchronizes": lambda call: "none",
-        "behind": lambda call, host_s: lambda: wall_clock(call),
+        "behind": lambda call, host_s, late: lambda: wall_clock(call),
     }.items():
         monkeypatch.setattr(cuda_pieces, name, value)
     monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
