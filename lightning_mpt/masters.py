@@ -5,7 +5,7 @@ file, an average, a clamp, a manual re-initialization) makes its master stale, a
 weight as it is, element by element, so that a write that changes nothing costs nothing:
 
 - A master that is stored in FP32 is stale where the weight is not its rounding. That is looked for whenever the master
-  is asked for.
+  is read, and by a step where the tensor's version has changed.
 - A split one has no weight of its own to compare with. That somebody wrote shows in the tensor's version, which counts
   in-place writes; the first time every element starts again, and from then on a copy of the weight (2 bytes a
   parameter, of those that somebody writes) tells which elements to take. A write through `.data` is not counted: the
