@@ -186,14 +186,14 @@ class ConvertedModule:
     def narrow_gradients(self) -> None:
         """Gradients that were summed up in FP32 become half again: for a backward whose end reduces them over ranks.
 
-        `DistributedDataParallel` reduces in the parameters' dtype, so that the sum is rounded once in any case.
+        `DistributedDataParallel` reduces in the parameters' dtype, so that the sum is rounded once in any case. A
+        parameter with no gradient is told so too: backward would make an FP32 one where the last step's was.
         """
         for parameter in self._widened:
-            gradient = parameter.grad
-            if gradient is not None and gradient.dtype != parameter.dtype:
-                parameter.grad = None
+            if parameter.grad_dtype != parameter.dtype:
+                gradient, parameter.grad = parameter.grad, None
                 parameter.grad_dtype = parameter.dtype
-                parameter.grad = gradient.to(parameter.dtype)
+                parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
 
     def restore(self) -> None:
         """Make the module FP32 again, with the values of the masters, and let go of it. Gradients are dropped."""

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.fabric import Fabric
+from lightning.pytorch.strategies import DDPStrategy
 from ranks import TWO
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from training import Classifier, adamw, classification, loader, mlp, trainer
 
 from lightning_mpt import DynamicLossScale, FabricMasterWeightPrecision, MasterWeightPrecision
@@ -35,6 +37,37 @@ class PerRank(Classifier):
         self.seen.append(next(self.net.parameters()).detach().clone())
 
 
+class OnTheWire(Classifier):
+    """Counts the bytes that are reduced, and looks whether gradients lie in the buckets."""
+
+    def on_train_start(self) -> None:
+        self.wire: dict[torch.dtype, int] = {}
+        self.views: list[bool] = []
+        self._buckets: set[int] = set()
+        self.trainer.strategy.model.register_comm_hook(None, self._reduce)
+
+    def _reduce(self, _: Any, bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
+        flat = bucket.buffer()
+        self.wire[flat.dtype] = self.wire.get(flat.dtype, 0) + flat.nbytes
+        self._buckets.add(flat.untyped_storage().data_ptr())
+        return allreduce_hook(None, bucket)
+
+    def on_before_backward(self, *_: Any) -> None:
+        self._buckets.clear()
+
+    def on_after_backward(self) -> None:
+        if self._buckets:  # else the batch is one of several, and not the last
+            places = {parameter.grad.untyped_storage().data_ptr() for parameter in self.parameters()}
+            self.views.append(places <= self._buckets)
+
+
+class ClipsByItself(Classifier):
+    """Clips its true gradients between backward and the step."""
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        torch.nn.utils.clip_grad_norm_(self.parameters(), 0.5)
+
+
 def batches_of(rank: int, count: int = STEPS) -> list[tuple[Tensor, ...]]:
     """Every second batch."""
     return classification(2 * count)[rank::2]
@@ -49,9 +82,11 @@ def net(rank: int) -> nn.Module:
     return made
 
 
-def train(rank: int, plugin: MasterWeightPrecision | None, module: Classifier, **options: Any) -> dict[str, Any]:
+def train(
+    rank: int, plugin: MasterWeightPrecision | None, module: Classifier, *, views: bool = False, **options: Any
+) -> dict[str, Any]:
     """Train under DDP. The state of the module, inside `fit` FP32 masters, is what comes back."""
-    ours = trainer(plugin, strategy="ddp", **TWO, **options)
+    ours = trainer(plugin, strategy=DDPStrategy(gradient_as_bucket_view=views), **TWO, **options)
     ours.fit(module, loader(batches_of(rank, options.get("accumulate_grad_batches", 1) * STEPS)))
     skipped = plugin.skipped_steps if plugin else 0
     scale = plugin.loss_scale if plugin else 1.0
@@ -67,6 +102,12 @@ def everything(rank: int, folder: Path) -> dict[str, Any]:
         for precision in ("bf16-true", "16-true"):
             plugin = MasterWeightPrecision(precision)
             results[f"{precision}, {accumulated}"] = train(rank, plugin, Classifier(net(rank)), **options)
+            module = OnTheWire(net(rank))
+            case = train(rank, MasterWeightPrecision(precision), module, views=True, **options)
+            results[f"views, {precision}, {accumulated}"] = {**case, "wire": module.wire, "views": module.views}
+    for precision in (None, "bf16-true", "16-true"):
+        plugin = None if precision is None else MasterWeightPrecision(precision)
+        results[f"clips, {precision}"] = train(rank, plugin, ClipsByItself(net(rank)))
     plugin = MasterWeightPrecision("bf16-true", master_weights="split8", optimizer_state="8bit")
     results["compact"] = train(rank, plugin, Classifier(net(rank)))
     plugin = MasterWeightPrecision("16-true", loss_scale=DynamicLossScale(2.0**10))
