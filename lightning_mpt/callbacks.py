@@ -34,7 +34,10 @@ def name_file(error: BaseException, file: Any) -> None:
 
 
 class ReloadMasters(Callback):
-    """Once the Trainer has loaded a file, `reload` is told which. An error until then names the file."""
+    """Once the Trainer has loaded a file, `reload` is told which. An error until then names the file.
+
+    First of all callbacks, so that the others find the masters whole, and what they write to them stays.
+    """
 
     def __init__(self, reload: Callable[[Any], None]) -> None:
         self._reload = reload
@@ -43,11 +46,11 @@ class ReloadMasters(Callback):
     def attach(self, callbacks: list[Callback]) -> None:
         """Join the Trainer's callbacks, before it loads what the optimizers were."""
         self._loaded = False
-        callbacks.append(self)
+        callbacks.insert(0, self)
 
     @override
     def on_sanity_check_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        self._loaded = True
+        self.on_train_start(trainer, pl_module)
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:

@@ -245,17 +245,20 @@ class ConvertedModule:
 
     def _check_sharded_groups(self) -> None:
         """FSDP2 reduces the gradients that it has gathered together in one dtype."""
-        for owner, group in sharded_groups(self.module).items():
+        for given, group in sharded_groups(self.module).items():
             others = {name: parameter.dtype for name, parameter in group.items() if parameter not in self._parameters}
             if 0 < len(others) < len(group):
                 name, dtype = next(iter(others.items()))
                 part = name.rpartition(".")[0]
                 kind = type(self.module.get_submodule(part)).__name__
+                call = ", ".join(owner or "the whole module" for owner in given)
                 raise ValueError(
-                    f"{part} ({kind}) keeps its parameters in {dtype}, and fully_shard({owner or 'the whole module'}) "
+                    f"{part} ({kind}) keeps its parameters in {dtype}, and "
+                    f"fully_shard({call if len(given) == 1 else f'[{call}]'}) "
                     "puts them in one group with half ones; FSDP2 takes one dtype in a group: shard it on its own "
-                    f"before, by fully_shard(self.get_submodule({part!r})), or give the plugin fp32_modules=() to "
-                    "train it in half."
+                    f"before, by fully_shard(self.get_submodule({part!r})), "
+                    f"{'with it no longer in the list, ' if part in given else ''}"
+                    "or give the plugin fp32_modules=() to train it in half."
                 )
 
     def _convert(self, parameter: nn.Parameter) -> None:

@@ -103,20 +103,23 @@ def any_sharded(tensors: Sequence[Tensor]) -> bool:
     return not PLAIN.issuperset(map(type, tensors)) and any(layout(tensor) is not None for tensor in tensors)
 
 
-def sharded_groups(module: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
-    """Which parameters `fully_shard` gathers and reduces together, by the name of the module that it was given.
+def sharded_groups(module: nn.Module) -> dict[tuple[str, ...], dict[str, nn.Parameter]]:
+    """Which parameters `fully_shard` gathers and reduces together, by the names of the modules that it was given.
 
-    Those that have a gradient, of all that is in the module and in no other that was given to it on its own.
+    Those that have a gradient, of all that is in these modules and in none that was given to another call of it.
     """
-    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp import FSDPModule, fully_shard
 
-    owners: dict[nn.Module, str] = {}
-    groups: dict[str, dict[str, nn.Parameter]] = {}
+    calls: dict[nn.Module, Any] = {}
+    given: dict[Any, list[str]] = {}
+    together: dict[Any, dict[str, nn.Parameter]] = {}
     for name, part in module.named_modules():  # a module comes before its children
         if isinstance(part, FSDPModule):  # a class that fully_shard puts in front of the module's own
+            call = fully_shard.state(part)  # type: ignore[attr-defined]  # one for all modules of a call
+            given.setdefault(call, []).append(name)
             for inner in nn.Module.modules(part):  # type: ignore[arg-type]
-                owners[inner] = name
+                calls[inner] = call
         for parameter_name, parameter in part.named_parameters(name, recurse=False):
-            if part in owners and parameter.requires_grad and layout(parameter) is not None:
-                groups.setdefault(owners[part], {})[parameter_name] = parameter
-    return groups
+            if part in calls and parameter.requires_grad and layout(parameter) is not None:
+                together.setdefault(calls[part], {})[parameter_name] = parameter
+    return {tuple(given[call]): parameters for call, parameters in together.items()}

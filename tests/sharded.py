@@ -4,6 +4,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from ranks import TWO
@@ -49,6 +50,28 @@ class Sharded(PerRank):
         self.inside["state_numel"] = sum(t.numel() for t in held if t.dim())
 
 
+class Keeps(L.Callback):
+    """All that a checkpoint is of, whole: as it was before the first step, a file loaded, and as it was in the end."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.first = self._state(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.last = self._state(trainer)
+
+    def _state(self, trainer: L.Trainer) -> dict[str, Any]:
+        (optimizer,), plugin = trainer.optimizers, trainer.precision_plugin
+        if not isinstance(plugin, MasterWeightPrecision):
+            return {}
+        state = optimizer.state_dict()["state"]
+        return {
+            "weights": [whole(parameter) for parameter in trainer.lightning_module.parameters()],
+            "masters": [whole(master) for master in plugin.master_params(optimizer)],
+            "state": {i: {name: whole(value) for name, value in entry.items()} for i, entry in state.items()},
+            "plugin": plugin.state_dict(),
+        }
+
+
 class WithBatchNorm(Sharded):
     """A convolution and a linear layer, each with BatchNorm, sharded with the rest or each on its own."""
 
@@ -62,6 +85,14 @@ class WithBatchNorm(Sharded):
             if self._norms_on_their_own and isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
                 fully_shard(layer, mesh=mesh)
         fully_shard(self.net, mesh=mesh)
+
+
+class ConvolutionAndNorm(WithBatchNorm):
+    """The convolution and its BatchNorm in one call, as a list."""
+
+    def configure_model(self) -> None:
+        fully_shard([self.net[1], self.net[2]], mesh=self.device_mesh["data_parallel"])
+        super().configure_model()
 
 
 def batchnorm_net() -> nn.Module:
@@ -82,10 +113,11 @@ def with_batchnorm(rank: int, folder: Path) -> dict[str, Any]:
         _, results[precision] = train(rank, plugin, WithBatchNorm(norms_on_their_own=True))
     plugin = MasterWeightPrecision("bf16-true", fp32_modules=())
     _, results["in half"] = train(rank, plugin, WithBatchNorm(norms_on_their_own=False))
-    try:
-        train(rank, MasterWeightPrecision("bf16-true"), WithBatchNorm(norms_on_their_own=False))
-    except ValueError as refused:
-        results["refused"] = str(refused)
+    for name, kind in (("refused", WithBatchNorm), ("refused in a list", ConvolutionAndNorm)):
+        try:
+            train(rank, MasterWeightPrecision("bf16-true"), kind(norms_on_their_own=False))
+        except ValueError as refused:
+            results[name] = str(refused)
     return results
 
 
@@ -119,15 +151,18 @@ def train(
 ) -> tuple[Any, dict[str, Any]]:
     steps = options.get("accumulate_grad_batches", 1) * 6
     strategy = ModelParallelStrategy(
-        data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=sharded_file
+        data_parallel_size=options.get("devices", 2), tensor_parallel_size=1, save_distributed_checkpoint=sharded_file
     )
-    ours = trainer(plugin, strategy=strategy, **TWO, **options)
+    keeps = Keeps()
+    ours = trainer(plugin, strategy=strategy, **{**TWO, **options}, callbacks=[keeps])
     ours.fit(module, loader(batches_of(rank, steps)), ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
     return ours, {
         "weights": {name: whole(value) for name, value in module.net.state_dict().items()},
         "skipped": plugin.skipped_steps if plugin else 0,
         "scale": plugin.loss_scale if plugin else 1.0,
         "seen": module.seen,
+        "first": keeps.first,
+        "last": keeps.last,
         **module.inside,
     }
 
@@ -144,8 +179,7 @@ def everything(rank: int, folder: Path) -> dict[str, Any]:
             _, results[f"{precision}, {accumulated}"] = train(rank, plugin, Sharded(net(0)), **options)
     plugin = MasterWeightPrecision("bf16-true")
     _, results["clipped"] = train(rank, plugin, Sharded(net(0)), gradient_clip_val=0.1)
-    plugin = MasterWeightPrecision("bf16-true", master_weights="split8", optimizer_state="8bit")
-    _, results["compact"] = train(rank, plugin, Sharded(net(0)))
+    _, results["compact"] = train(rank, compact(), Sharded(net(0)))
     plugin = MasterWeightPrecision("16-true", loss_scale=DynamicLossScale(2.0**10))
     _, results["poisoned"] = train(rank, plugin, Sharded(net(0), poisoned=2 if rank == 1 else None))
     plugin = MasterWeightPrecision("16-true", loss_scale=DynamicLossScale(2.0**10))
@@ -157,21 +191,46 @@ def everything(rank: int, folder: Path) -> dict[str, Any]:
     except ValueError as refused:
         results["released"] = str(refused)
 
-    # Saved by both ranks, gone on with by both; the file is for one rank too.
-    def plugin_for_resuming() -> MasterWeightPrecision:
-        return MasterWeightPrecision("16-true", loss_scale=DynamicLossScale(2.0**8, growth_interval=4))
-
-    options = {"max_epochs": 2}
+    # Saved by both ranks, gone on with by both; the files are for one rank too.
     for sharded_file in (False, True):
-        path = folder / ("sharded.ckpt" if sharded_file else "two-ranks.ckpt")
-        first, _ = train(rank, plugin_for_resuming(), Sharded(net(0)), sharded_file=sharded_file)
+        path, name = folder / FILES[sharded_file], "sharded" if sharded_file else "whole"
+        first, results[f"saved, {name}"] = train(rank, scaled(), Sharded(net(0)), sharded_file=sharded_file)
         first.save_checkpoint(path)
         torch.distributed.barrier()
-        module = Sharded(net(1))
-        _, stopped = train(rank, plugin_for_resuming(), module, ckpt_path=path, sharded_file=sharded_file, **options)
-        results[f"stopped, {'sharded' if sharded_file else 'whole'}"] = stopped
-    _, results["never stopped"] = train(rank, plugin_for_resuming(), Sharded(net(0)), **options)
-    one = folder / "one-rank.ckpt"
-    if one.exists():
-        _, results["from one rank"] = train(rank, plugin_for_resuming(), Sharded(net(1)), ckpt_path=one, **options)
+        _, stopped = train(rank, scaled(), Sharded(net(1)), ckpt_path=path, sharded_file=sharded_file, max_epochs=2)
+        results[f"stopped, {name}"] = stopped
+    _, results["never stopped"] = train(rank, scaled(), Sharded(net(0)), max_epochs=2)
+    for name in ("one rank", "one rank, compact"):
+        one, plugin = folder / f"{name}.ckpt", compact() if "compact" in name else scaled()
+        if one.exists():
+            _, results[f"from {name}"] = train(rank, plugin, Sharded(net(1)), ckpt_path=one, max_epochs=2)
     return results
+
+
+FILES = ("two-ranks.ckpt", "sharded.ckpt")
+
+
+def scaled() -> MasterWeightPrecision:
+    """With a loss scale that a file remembers."""
+    return MasterWeightPrecision("16-true", loss_scale=DynamicLossScale(2.0**8, growth_interval=4))
+
+
+def compact() -> MasterWeightPrecision:
+    return MasterWeightPrecision("bf16-true", master_weights="split8", optimizer_state="8bit")
+
+
+def one_of_two(rank: int, folder: Path) -> dict[str, Any]:
+    """A single rank goes on from what two have saved, its parameters sharded over itself."""
+    warnings.simplefilter("ignore")
+    return {
+        name: train(
+            rank,
+            scaled(),
+            Sharded(net(1)),
+            ckpt_path=folder / file,
+            sharded_file=name == "sharded",
+            max_epochs=2,
+            devices=1,
+        )[1]
+        for name, file in zip(("whole", "sharded"), FILES, strict=True)
+    }
