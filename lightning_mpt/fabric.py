@@ -9,6 +9,8 @@ restore          modules and optimizers are FP32 again
 Fabric shows a precision plugin an optimizer when it steps for the first time. That is too late: by then a checkpoint
 may have been loaded, and torch would have cast the moments to the parameters' half. And it clips gradients where they
 lie, in half and scaled, or else as FP32 copies of all. So Fabric's strategy gets a part in front, until `restore`.
+Where it shards the module (`ModelParallelStrategy`), masters are taken from the shards: the module is converted once it
+is sharded, and not before.
 """
 
 import gc
@@ -17,7 +19,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 from lightning.fabric.plugins.precision import Precision
-from lightning.fabric.strategies import Strategy
+from lightning.fabric.strategies import ModelParallelStrategy, Strategy
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -103,15 +105,21 @@ class FabricMasterWeightPrecision(MasterWeightPipeline, Precision):
 
     @override
     def convert_module(self, module: nn.Module) -> nn.Module:
-        self._convert(module)
-        self._watch_over(module)
-        for strategy in _strategies_with(self):
+        strategies = _strategies_with(self)
+        if not any(isinstance(strategy, ModelParallelStrategy) for strategy in strategies):
+            self.take(module)
+        for strategy in strategies:
             if not isinstance(strategy, _MasterWeightStrategy):
                 own = type(strategy)
                 self._strategies.append((strategy, own))
                 strategy.__class__ = type(own.__name__, (_MasterWeightStrategy, own), {})
                 self._train_on(strategy.root_device)
         return module
+
+    def take(self, module: nn.Module) -> None:
+        """Make the module half. Fabric's strategy calls this where it shards the module, once it has."""
+        self._convert(module)
+        self._watch_over(module)
 
     def adopt(self, optimizer: Optimizer) -> None:
         """Make an optimizer step FP32 masters; Fabric's strategy calls this. Once more changes nothing.
@@ -177,8 +185,24 @@ class _MasterWeightStrategy(Strategy):
     @override
     def setup_module(self, module: nn.Module) -> nn.Module:
         made = super().setup_module(module)
+        if isinstance(self, ModelParallelStrategy):
+            self._precision.take(made)
         self._precision._join(made)
         return made
+
+    @override
+    def load_checkpoint(self, path: Any, state: Any = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        given = dict(state) if isinstance(state, dict) else {}
+        rest = super().load_checkpoint(path, state, *args, **kwargs)
+        for converted in self._precision._converted:
+            # What a file holds is by the user's names; that of a module alone is its state_dict.
+            names = [name for name, value in given.items() if value is converted.module]
+            self._precision._reload(converted, path, names[0] if names else None)
+        for name, value in given.items():
+            if value is self._precision and state[name] is not value:  # a sharded file's entry is put in its place
+                value.load_state_dict(state[name])
+                state[name] = value
+        return rest
 
     @override
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:

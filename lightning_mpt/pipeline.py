@@ -10,6 +10,7 @@ let go           the module is FP32 again, and everything global is what it was
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -306,6 +307,24 @@ class MasterWeightPipeline:
         self._load_scale(state_dict["loss_scale"])
         self._skips.total = skipped
         self._schedules.load_state_dict(state_dict.get("held_schedules", ()))
+
+    def _reload(self, converted: ConvertedModule, path: str | Path | None, name: str | None) -> None:
+        """Where torch has loaded a file into half parameters alone, give the masters the FP32 values that it holds.
+
+        Args:
+            converted: the module.
+            path: the file.
+            name: of the module's state_dict in the file; None where that is all there is.
+        """
+        if converted.loaded_in_half and path is not None and Path(path).is_file():
+            file = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            converted.reload(file if name is None else file[name])
+        if converted.loaded_in_half:
+            rank_zero_warn(
+                f"{len(converted.loaded_in_half)} parameters were loaded in half precision: their masters start "
+                "from the half values. Load a checkpoint that was saved with save_distributed_checkpoint=True."
+            )
+            converted.loaded_in_half.clear()
 
     def _load_scale(self, state_dict: dict[str, Any]) -> None:
         self._loss_scale.load_state_dict(state_dict)

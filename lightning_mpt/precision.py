@@ -18,7 +18,6 @@ from lightning.pytorch.loops.optimization.automatic import Closure
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -92,7 +91,7 @@ class MasterWeightPrecision(MasterWeightPipeline, Precision):
             )
         self._gradient_release = gradient_release
         self._release: GradientRelease | None = None
-        self._reload, self._metrics = ReloadMasters(self._reload_masters), LogMetrics(self._skips)
+        self._reloads, self._metrics = ReloadMasters(self._reload_masters), LogMetrics(self._skips)
         self._averages = AveragedMasters()
         self._shows_true_gradients = False
         self._old_gradients_wanted = True
@@ -172,7 +171,7 @@ class MasterWeightPrecision(MasterWeightPipeline, Precision):
         for converted in self._converted:
             trainer = getattr(converted.module, "_trainer", None)
             if trainer is not None:
-                trainer.callbacks[:] = [one for one in trainer.callbacks if one not in (self._reload, self._metrics)]
+                trainer.callbacks[:] = [one for one in trainer.callbacks if one not in (self._reloads, self._metrics)]
         self._let_go()
 
     def _released(self, module: nn.Module) -> GradientRelease:
@@ -191,17 +190,8 @@ class MasterWeightPrecision(MasterWeightPipeline, Precision):
         return GradientRelease(self._adopted, {parameter: name for name, parameter in module.named_parameters()})
 
     def _reload_masters(self, checkpoint: str | Path | None) -> None:
-        """Where torch has loaded a file into half parameters alone, give the masters the FP32 values that it holds."""
         (converted,) = self._converted
-        if converted.loaded_in_half and checkpoint is not None and Path(checkpoint).is_file():
-            file = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
-            converted.reload(file["state_dict"])
-        if converted.loaded_in_half:
-            rank_zero_warn(
-                f"{len(converted.loaded_in_half)} parameters were loaded in half precision: their masters start "
-                "from the half values. Load a checkpoint that was saved with save_distributed_checkpoint=True."
-            )
-            converted.loaded_in_half.clear()
+        self._reload(converted, checkpoint, "state_dict")
 
     def _attach(self, module: nn.Module, lr_schedulers: list[Any]) -> None:
         """Averages over masters, metrics, schedules that wait for skipped steps: what needs the module's Trainer."""
@@ -211,7 +201,7 @@ class MasterWeightPrecision(MasterWeightPipeline, Precision):
         callbacks: list[pl.Callback] = module.trainer.callbacks  # type: ignore[attr-defined]
         self._averages.attach(callbacks, converted.fp32_values)
         if self._adopted:
-            self._reload.attach(callbacks)
+            self._reloads.attach(callbacks)
             if not module.trainer.barebones:  # nothing is logged there
                 callbacks.append(self._metrics)
         self._old_gradients_wanted = _wants_old_gradients(module, callbacks)

@@ -6,6 +6,8 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import ModelParallelStrategy as FabricModelParallelStrategy
 from lightning.pytorch.strategies import ModelParallelStrategy
 from ranks import TWO
 from replicas import PerRank, batches_of, net
@@ -14,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from training import Configure, adamw, loader, trainer
 
-from lightning_mpt import DynamicLossScale, MasterWeightPrecision
+from lightning_mpt import DynamicLossScale, FabricMasterWeightPrecision, MasterWeightPrecision
 
 
 class Sharded(PerRank):
@@ -204,7 +206,64 @@ def everything(rank: int, folder: Path) -> dict[str, Any]:
         one, plugin = folder / f"{name}.ckpt", compact() if "compact" in name else scaled()
         if one.exists():
             _, results[f"from {name}"] = train(rank, plugin, Sharded(net(1)), ckpt_path=one, max_epochs=2)
+    for sharded_file in (False, True):
+        in_fabric(rank, folder, results, sharded_file=sharded_file)
     return results
+
+
+class FabricLoop:
+    """A loop of one's own; its model is sharded layer by layer."""
+
+    def __init__(self, network: nn.Module, precision: Any, *, sharded_file: bool = False) -> None:
+        def shard(module: nn.Module, mesh: Any) -> nn.Module:
+            for layer in module:
+                if isinstance(layer, nn.Linear):
+                    fully_shard(layer, mesh=mesh["data_parallel"])
+            return fully_shard(module, mesh=mesh["data_parallel"])
+
+        strategy = FabricModelParallelStrategy(shard, 2, 1, save_distributed_checkpoint=sharded_file)
+        self.plugin = FabricMasterWeightPrecision(precision)
+        self.fabric = Fabric(accelerator=TWO["accelerator"], strategy=strategy, devices=2, plugins=[self.plugin])
+        self.fabric.launch()
+        self.module = network
+        self.model = self.fabric.setup_module(network)
+        self.optimizer = self.fabric.setup_optimizers(torch.optim.AdamW(self.model.parameters(), lr=1e-2))
+
+    def train(self, rank: int) -> "FabricLoop":
+        for x, y in batches_of(rank):
+            self.fabric.backward(torch.nn.functional.cross_entropy(self.model(x), y))
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return self
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        return {"model": self.model, "optimizer": self.optimizer, "precision": self.plugin}
+
+    def state(self) -> dict[str, Any]:
+        """What a file should hold, whole."""
+        moments = [
+            [whole(value) for value in entry.values()] for entry in self.optimizer.state_dict()["state"].values()
+        ]
+        masters = [whole(master) for master in self.plugin.master_params(self.optimizer)]
+        return {"masters": masters, "moments": moments, "plugin": self.plugin.state_dict()}
+
+
+def in_fabric(rank: int, folder: Path, results: dict[str, Any], *, sharded_file: bool) -> None:
+    """What the Trainer does in the cases `bf16-true, 1` and `16-true, 1`; a file of it, loaded."""
+    for precision in ("bf16-true", "16-true"):
+        loop = FabricLoop(net(0), precision, sharded_file=sharded_file).train(rank)
+        loop.fabric.save(folder / f"fabric {sharded_file}.ckpt", loop.parts)
+        other = FabricLoop(net(1), precision, sharded_file=sharded_file)
+        other.fabric.load(folder / f"fabric {sharded_file}.ckpt", other.parts)
+        case = {"saved": loop.state(), "loaded": other.state()}
+        loop.plugin.restore()
+        case["weights"] = {name: whole(value) for name, value in loop.module.state_dict().items()}
+        results[f"fabric, {precision}, {sharded_file}"] = case
+    try:
+        FabricLoop(batchnorm_net(), "bf16-true")
+    except ValueError as refused:
+        results["fabric refused"] = str(refused)
 
 
 FILES = ("two-ranks.ckpt", "sharded.ckpt")

@@ -87,6 +87,28 @@ def fit_and_thaw(precision: str | None) -> nn.Module:
     return module
 
 
+def fit_by_hand(optimizer: Callable[[Any], torch.optim.Optimizer]) -> Callable[[str | None], nn.Module]:
+    """A step for every fourth batch, clipped by norm."""
+
+    class ByHand(Classifier):
+        automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            loss = super().training_step(batch, batch_idx)
+            self.manual_backward(loss / 4)
+            if (batch_idx + 1) % 4 == 0:
+                self.clip_gradients(self.optimizers(), gradient_clip_val=0.3, gradient_clip_algorithm="norm")
+                self.optimizers().step()
+                self.optimizers().zero_grad()
+
+    def by_hand(precision: str | None) -> nn.Module:
+        module = ByHand(mlp(), lambda module: optimizer(module.parameters()))
+        fit(module, classification(40), plugin_of(precision))
+        return module
+
+    return by_hand
+
+
 def fit_and_average(callback: Callable[[], L.Callback]) -> Callable[[str | None], nn.Module]:
     def average(precision: str | None) -> nn.Module:
         module = Classifier(mlp())
@@ -103,6 +125,8 @@ RUNS = {
     "checkpointed": fit_checkpointed,
     "compiled": fit_compiled,
     "thawed in mid-run": fit_and_thaw,
+    "by hand": fit_by_hand(lambda parameters: torch.optim.AdamW(parameters, lr=1e-2)),
+    "by hand, SGD": fit_by_hand(lambda parameters: torch.optim.SGD(parameters, lr=0.5, momentum=0.9)),
     "SWA": fit_and_average(lambda: StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=2)),
     "EMA": fit_and_average(lambda: EMAWeightAveraging(decay=0.9)),
 }

@@ -175,6 +175,22 @@ def test_one_rank_goes_on_from_a_checkpoint_of_two(ranks: list[dict[str, Any]], 
     assert (ours - expected).norm() <= DISTANCE["16-true"] * expected.norm()
 
 
+@pytest.mark.parametrize("file", [False, True], ids=["whole", "sharded"])
+@pytest.mark.parametrize("precision", DISTANCE)
+def test_fabric_trains_as_the_trainer_and_loads_what_it_saved_bit_for_bit(
+    ranks: list[dict[str, Any]], precision: str, file: bool
+) -> None:
+    for rank in ranks:
+        case = rank[f"fabric, {precision}, {file}"]
+        assert torch.equal(flat(case["weights"]), flat(rank[f"{precision}, 1"]["weights"]))
+        same(case["loaded"], case["saved"])
+
+
+def test_fabric_refuses_a_batchnorm_in_a_group_with_half_weights_too(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["fabric refused"].startswith("2 (BatchNorm2d) keeps its parameters in torch.float32, and ")
+
+
 def test_gradient_release_is_refused_with_the_reason(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert "fully_shard" in rank["released"]
