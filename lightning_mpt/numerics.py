@@ -3,7 +3,8 @@
 Products are half, sums are FP32 (Micikevicius et al., arXiv 1710.03740, section 3.3). Kernels of softmax and of norms
 take half and return half, and compute in FP32 in between: torch does so by itself. Matrix products add up in FP32
 unless a global switch lets them do otherwise. And losses, sums over a whole batch that no later rounding should touch,
-would be computed in the type of the logits: they are given FP32 ones.
+would be computed in the type of the logits: they are given FP32 ones. Linear algebra, as orthogonal weights and flows
+have it, has no half kernels, and a matrix exponential in half is NaN on a CPU: it is given FP32 too.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .cross_entropy import SMALLEST, cross_entropy, serves
@@ -46,6 +48,23 @@ LOSSES = frozenset(
 )
 """What `torch.nn.functional` calls losses; the modules of `torch.nn` call these."""
 
+
+def _named(names: str) -> frozenset[Any]:
+    """The functions of these names in `torch.linalg` and `torch`, and as methods of tensors."""
+    owners = (torch.linalg, torch, Tensor)
+    return frozenset(getattr(owner, name) for owner in owners for name in names.split() if hasattr(owner, name))
+
+
+DETERMINANTS = _named("det logdet slogdet cond")
+"""Numbers, which become part of a loss and stay FP32."""
+
+FACTORIZATIONS = _named(
+    "cholesky cholesky_ex cholesky_inverse cholesky_solve eig eigh eigvals eigvalsh geqrf householder_product inv "
+    "inv_ex inverse ldl_factor ldl_factor_ex ldl_solve lstsq lu lu_factor lu_factor_ex lu_solve matrix_exp matrix_rank "
+    "orgqr ormqr pinv pinverse qr solve solve_ex solve_triangular svd svdvals tensorinv tensorsolve triangular_solve"
+)
+"""Matrices, which go on in half."""
+
 CASTS = frozenset({Tensor.float, Tensor.to, Tensor.type})
 """How callers bring logits to FP32 themselves."""
 
@@ -55,7 +74,7 @@ REDUCED_PRECISION_SWITCHES = ("allow_fp16_reduced_precision_reduction", "allow_b
 
 
 class FP32Losses(TorchFunctionMode):
-    """Within it, the losses of `torch.nn.functional` see FP32 where they are given half tensors.
+    """Within it, the losses of `torch.nn.functional` and linear algebra see FP32 where they are given half tensors.
 
     Cross entropy over many classes is computed in FP32 without an FP32 copy of all logits (`cross_entropy.py`), also
     where they were brought to FP32 by the caller: what was half a line before is remembered.
@@ -70,12 +89,12 @@ class FP32Losses(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in WATCHED:  # asked of every function that the network calls
-            return func(*args, **kwargs)
-        if func in LOSSES:
+        if func in LOSSES or func in DETERMINANTS:
             if func is F.cross_entropy and (loss := self._cross_entropy(*args, **kwargs)) is not None:
                 return loss
             return func(*map(_to_fp32, args), **{name: _to_fp32(value) for name, value in kwargs.items()})
+        if func in FACTORIZATIONS:
+            return _through_fp32(func, args, kwargs)
         result = func(*args, **kwargs)
         if args[0].dtype in HALF_DTYPES and not torch.compiler.is_compiling():
             self._remember(args[0], result)
@@ -117,6 +136,19 @@ class FP32Losses(TorchFunctionMode):
 
 def _to_fp32(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.dtype in HALF_DTYPES else value
+
+
+def _through_fp32(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What `func` gives for half tensors, computed in FP32 and rounded."""
+    half = {leaf.dtype for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)} & set(HALF_DTYPES)
+    if not half:
+        return func(*args, **kwargs)
+    args, kwargs = tree_map(_to_fp32, (args, kwargs))
+    dtype = half.pop()
+    return tree_map(
+        lambda value: value.to(dtype) if isinstance(value, Tensor) and value.dtype == torch.float32 else value,
+        func(*args, **kwargs),
+    )
 
 
 @contextmanager

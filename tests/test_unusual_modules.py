@@ -1,0 +1,169 @@
+"""Modules and habits that are rarer than a linear layer, each against the same run in FP32."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+from torch.nn.utils.rnn import pack_padded_sequence
+from training import Classifier, classification, fit
+
+from lightning_mpt import MasterWeightPrecision
+
+HALVES = {"16-true": torch.float16, "bf16-true": torch.bfloat16}
+DISTANCE = 0.2
+"""Of the way that FP32 training has gone. AdamW's first steps go by the sign of a gradient."""
+
+
+class Attention(nn.Module):
+    """Four tokens of four features, with a mask of each kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.attend, self.head = (
+            nn.Linear(4, 32),
+            nn.MultiheadAttention(32, 4, batch_first=True),
+            nn.Linear(32, 4),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.embed(x.view(-1, 4, 4))
+        padded = torch.zeros(tokens.shape[:2], dtype=torch.bool)
+        padded[:, 3] = True
+        causal = torch.ones(4, 4, dtype=torch.bool).triu(1)
+        attended, _ = self.attend(tokens, tokens, tokens, key_padding_mask=padded, attn_mask=causal)
+        return self.head(attended.mean(dim=1))
+
+
+class Seq2Seq(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(4, 32), nn.Linear(32, 4)
+        self.transformer = nn.Transformer(32, 4, 1, 1, 64, dropout=0.0, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.embed(x.view(-1, 4, 4))
+        causal = nn.Transformer.generate_square_subsequent_mask(4)
+        return self.head(self.transformer(tokens, tokens, tgt_mask=causal, tgt_is_causal=True)[:, -1])
+
+
+class Packed(nn.Module):
+    """Sequences of one to four tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru, self.head = nn.GRU(4, 16, 2, batch_first=True), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = torch.arange(len(x)) % 4 + 1
+        _, last = self.gru(pack_padded_sequence(x.view(-1, 4, 4), lengths, batch_first=True, enforce_sorted=False))
+        return self.head(last[-1])
+
+
+class Bags(nn.Module):
+    """Which of the features are positive, as bags of words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.sum, self.head = nn.EmbeddingBag(32, 16), nn.EmbeddingBag(32, 16, mode="sum"), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        words = torch.arange(16) + 16 * (x > 0)
+        return self.head(self.mean(words) + self.sum(words, per_sample_weights=x / 16))
+
+
+class Lists(nn.Module):
+    """Parameters in a list and a dictionary, and a buffer that is no parameter's neighbour."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList([torch.randn(16, 16) / 4 for _ in range(2)])
+        self.head = nn.ParameterDict({"weight": torch.randn(16, 4) / 4, "bias": torch.zeros(4)})
+        self.register_buffer("scale", torch.rand(16) + 0.5, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for weight in self.weights:
+            x = torch.tanh(x @ weight) * self.scale
+        return x @ self.head["weight"] + self.head["bias"]
+
+
+class Adapted(nn.Module):
+    """A frozen layer and a small product beside it (LoRA)."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down, self.up = nn.Linear(base.in_features, 4, bias=False), nn.Linear(4, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+class Volume(nn.Module):
+    """An invertible layer whose logarithm of the determinant is part of what it gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.head = nn.Parameter(torch.eye(16) + torch.randn(16, 16) / 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.head(torch.linalg.solve(self.weight, x.T).T)
+        volume = torch.linalg.slogdet(self.weight).logabsdet
+        assert volume.dtype == torch.float32
+        return logits + torch.arange(4) * volume
+
+
+def layers(wrap: Callable[[nn.Linear], nn.Module]) -> nn.Module:
+    return nn.Sequential(nn.Linear(16, 32), nn.Tanh(), wrap(nn.Linear(32, 32)), nn.Tanh(), nn.Linear(32, 4))
+
+
+MODULES: dict[str, Callable[[], nn.Module]] = {
+    "weight norm": lambda: layers(parametrizations.weight_norm),
+    "spectral norm": lambda: layers(parametrizations.spectral_norm),
+    "orthogonal": lambda: layers(parametrizations.orthogonal),
+    "Cayley": lambda: layers(lambda layer: parametrizations.orthogonal(layer, orthogonal_map="cayley")),
+    "pruned": lambda: layers(lambda layer: prune.l1_unstructured(layer, "weight", 0.5)),
+    "adapters": lambda: layers(Adapted),
+    "attention": Attention,
+    "transformer": Seq2Seq,
+    "packed": Packed,
+    "bags": Bags,
+    "lists": Lists,
+    "volume": Volume,
+}
+
+
+def values(module: nn.Module) -> Tensor:
+    return torch.cat([value.flatten() for value in module.state_dict().values()])
+
+
+@pytest.mark.parametrize("precision", HALVES)
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_trains_as_in_fp32(name: str, precision: Any) -> None:
+    runs = []
+    for plugin in (None, MasterWeightPrecision(precision)):
+        torch.manual_seed(0)
+        module = Classifier(MODULES[name]())
+        start = values(module)
+        fit(module, classification(20), plugin)
+        runs.append(values(module))
+        assert {value.dtype for value in module.state_dict().values()} == {torch.float32}
+    fp32, ours = runs
+    distance = ((ours - fp32).norm() / (fp32 - start).norm()).item()
+    print(f"{name} in {precision}: {distance:.4f}")
+    assert distance <= DISTANCE
+
+
+@pytest.mark.parametrize("dtype", HALVES.values(), ids=str)
+@pytest.mark.parametrize("function", [torch.matrix_exp, torch.linalg.inv, Tensor.inverse, torch.linalg.qr, torch.svd])
+def test_linear_algebra_is_computed_in_fp32(function: Any, dtype: torch.dtype) -> None:
+    matrix = (torch.eye(4) + torch.arange(16.0).view(4, 4) / 32).to(dtype)
+    expected, plugin = function(matrix.float()), MasterWeightPrecision("bf16-true")
+    with plugin.forward_context():
+        found = function(matrix)
+    for ours, fp32 in zip(
+        *(result if isinstance(result, tuple) else (result,) for result in (found, expected)), strict=True
+    ):
+        assert torch.equal(ours, fp32.to(dtype))
