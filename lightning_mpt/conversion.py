@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from .storage import HALF_DTYPES, master_storage
 
 RUNNING_NORMS = (_BatchNorm, _InstanceNorm)
 PLAIN = master_storage("float32")
+DTYPE = attrgetter("dtype")
 
 
 class ConvertedModule:
@@ -43,7 +45,7 @@ class ConvertedModule:
             torch does where it loads a whole file into sharded parameters: `reload` has the rest.
 
     Raises:
-        TypeError: a parameter is float64.
+        TypeError: a parameter is float64, or complex and not frozen.
         ValueError: a weight is inf or NaN, or beyond `dtype`'s range; a layer gives sparse gradients;
             or FSDP2 has half and other parameters in one group. The module is then as it was.
     """
@@ -60,6 +62,8 @@ class ConvertedModule:
         self._masters = masters
         self._buffers: dict[tuple[nn.Module, str], Tensor] = {}
         """The FP32 value of every buffer that became half, on the host."""
+        self._parts: set[nn.Module] = set()
+        """The modules whose own parameters and buffers are half."""
         self._widened: set[Tensor] = set()
         self._loading: dict[Tensor, Tensor] = {}
         self.loaded_in_half: set[str] = set()
@@ -96,6 +100,7 @@ class ConvertedModule:
                 self._convert(parameter)
         for part in self.module.modules():
             if part not in kept:
+                self._parts.add(part)
                 self._convert_buffers(part)
             if part in cast_around:
                 self._handles += [
@@ -117,6 +122,19 @@ class ConvertedModule:
     def parameters(self) -> dict[nn.Parameter, str]:
         """The half parameters with their names, tied ones once."""
         return self._parameters
+
+    def take_replaced(self) -> None:
+        """Parameters that were given values of another dtype, by `parameter.data = ...`, are half again.
+
+        These values are their masters: rewinding weights (`ModelPruning`) and averages exchange them so.
+        """
+        if set(map(DTYPE, self._parameters)) <= {self._dtype}:
+            return
+        for parameter in self._parameters:
+            if parameter.dtype != self._dtype:
+                value = parameter.data.float()
+                replace(parameter, torch.empty_like(value, dtype=self._dtype))
+                self._masters.write(parameter, value.clone())
 
     def widen_gradients(self) -> None:
         """Half gradients that are about to be added to become FP32, so that small addends are not lost to rounding.
@@ -155,7 +173,7 @@ class ConvertedModule:
         ]
         with torch.inference_mode(False):  # validation has it on, and what is made in it could not be trained
             parameters = {p: nn.Parameter(self._masters.read(p), p.requires_grad) for p in self._parameters}
-            buffers = {key: self._buffer_in_fp32(half, self._buffers[key]) for key, half in halves.items()}
+            buffers = {key: self._buffer_in_fp32(key, half) for key, half in halves.items()}
         try:
             for held, name, parameter in places:
                 held[name] = parameters[parameter]
@@ -177,11 +195,11 @@ class ConvertedModule:
                     self._buffers[key] = value.cpu()
 
     def _half_buffers(self) -> Iterator[tuple[tuple[nn.Module, str], Tensor]]:
-        """The buffers that became half and still are."""
-        for part, name in self._buffers:
-            now = part._buffers[name]
-            if now is not None and now.dtype in HALF_DTYPES:
-                yield (part, name), now
+        """The buffers that are half: they became so, or were registered in training, as pruning does with its masks."""
+        for part in self._parts:
+            for name, now in part._buffers.items():
+                if _is_half(now):
+                    yield (part, name), now  # type: ignore[misc]
 
     def narrow_gradients(self) -> None:
         """Gradients that were summed up in FP32 become half again: for a backward whose end reduces them over ranks.
@@ -207,8 +225,8 @@ class ConvertedModule:
                 parameter.grad_dtype = None  # any: the nearest there is to never having said it
             self._masters.drop(parameter)
         for (part, name), half in list(self._half_buffers()):
-            part._buffers[name] = self._buffer_in_fp32(half, self._buffers[part, name])
-        self._buffers, self._handles = {}, []
+            part._buffers[name] = self._buffer_in_fp32((part, name), half)
+        self._buffers, self._parts, self._handles = {}, set(), []
         self._shards_changed()
 
     def _check(self) -> None:
@@ -224,6 +242,12 @@ class ConvertedModule:
         for name, parameter in self.module.named_parameters():
             if isinstance(parameter, nn.parameter.UninitializedParameter):
                 raise ValueError(f"{name} has no shape yet: run one batch through the lazy modules before training.")
+            if parameter.is_complex() and parameter.requires_grad:
+                raise TypeError(
+                    f"{name} is {parameter.dtype}, and masters are kept of real parameters: keep "
+                    "torch.view_as_real(...) of it as the parameter, and use torch.view_as_complex on its .float() in "
+                    "forward; or freeze it."
+                )
             becomes_half = parameter in self._parameters
             if becomes_half and parameter.dtype not in (*HALF_DTYPES, torch.float32):
                 raise TypeError(
@@ -278,10 +302,12 @@ class ConvertedModule:
         limit = torch.finfo(self._dtype).max
         return torch.where(buffer.isfinite(), buffer.clamp(-limit, limit), buffer).to(self._dtype)
 
-    def _buffer_in_fp32(self, now: Tensor, original: Tensor) -> Tensor:
-        """A buffer's FP32 value: the original one, unless training has written to the half one."""
-        unchanged = now.shape == original.shape and torch.equal(now.cpu(), self._saturated(original))
-        return original.to(now.device) if unchanged else now.float()
+    def _buffer_in_fp32(self, key: tuple[nn.Module, str], now: Tensor) -> Tensor:
+        """A buffer's FP32 value: the original one, unless there was none or training has written to the half one."""
+        original = self._buffers.get(key)
+        if original is None or now.shape != original.shape or not torch.equal(now.cpu(), self._saturated(original)):
+            return now.float()
+        return original.to(now.device)
 
     # -- the module's state_dict --------------------------------------------------------------------------------
 
@@ -290,10 +316,9 @@ class ConvertedModule:
             if parameter in self._parameters and prefix + name in state_dict:
                 state_dict[prefix + name] = self._decode(parameter)
         for name, buffer in part._buffers.items():
-            given = state_dict.get(prefix + name)
             # FP32 already, where the part belongs to another converted module too.
-            if buffer is not None and (part, name) in self._buffers and _is_half(given):
-                state_dict[prefix + name] = self._buffer_in_fp32(buffer, self._buffers[part, name])
+            if buffer is not None and _is_half(state_dict.get(prefix + name)) and part in self._parts:
+                state_dict[prefix + name] = self._buffer_in_fp32((part, name), buffer)
 
     def _decode(self, parameter: Tensor) -> Tensor:
         """The parameter's FP32 value; of a tied one the same tensor again, as in any state_dict, while it is in use."""

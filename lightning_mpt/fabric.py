@@ -149,7 +149,7 @@ class FabricMasterWeightPrecision(MasterWeightPipeline, Precision):
     @override
     def backward(self, tensor: Tensor, model: nn.Module | None, *args: Any, **kwargs: Any) -> None:
         # Checkpointed modules run forward again here.
-        with self.forward_context():
+        with self._half_numerics() if self._converted else nullcontext():
             super().backward(self._scaled(tensor) if self._converted else tensor, model, *args, **kwargs)
 
     @override

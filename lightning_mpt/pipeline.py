@@ -190,7 +190,31 @@ class MasterWeightPipeline:
 
     @contextmanager
     def forward_context(self) -> Generator[None, None, None]:
-        """Half by default, FP32 sums and losses; all as before afterwards, also after an exception."""
+        """For forward: half by default, FP32 sums and losses; all as before afterwards, also after an exception."""
+        for converted in self._converted:
+            converted.take_replaced()
+        with self._half_numerics():
+            try:
+                yield
+            except (RuntimeError, NotImplementedError) as error:
+                self._explain(error)
+                raise
+
+    def _explain(self, error: BaseException) -> None:
+        """Say below an error of torch's about dtypes, from Python 3.11 on, what is half here and what is not."""
+        said = str(error)
+        if hasattr(error, "add_note") and ("Half" in said or "BFloat16" in said):
+            error.add_note(
+                f"Under {self!r} parameters, buffers and activations are {self._dtype}. A tensor that is no buffer "
+                "stays FP32: register_buffer makes it one. So does what is in a batch that is an object of your own: "
+                "cast it in on_after_batch_transfer. A function without half kernels takes x.float(), and its result "
+                "is cast back by .to(x.dtype); a module is kept FP32 by fp32_modules=(TheModule,). Or let modules mix "
+                "types by autocast=True."
+            )
+
+    @contextmanager
+    def _half_numerics(self) -> Generator[None, None, None]:
+        """For forward and backward."""
         autocast: AbstractContextManager[Any] = nullcontext()
         if self._autocast:
             autocast = torch.autocast(self._device_type, dtype=self._dtype, cache_enabled=False)

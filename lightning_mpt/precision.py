@@ -221,7 +221,7 @@ class MasterWeightPrecision(MasterWeightPipeline, Precision):
             check_loop(accumulated=model.trainer.accumulate_grad_batches)  # a callback may have changed it
             released = self._release.running(self._gradients_scale, model.trainer.gradient_clip_val)
         # Checkpointed modules run forward again here.
-        with self.forward_context(), released:
+        with self._half_numerics(), released:
             super().backward(tensor, model, *args, **kwargs)
 
     @override

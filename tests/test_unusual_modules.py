@@ -1,14 +1,19 @@
 """Modules and habits that are rarer than a linear layer, each against the same run in FP32."""
 
+import copy
+import sys
 from collections.abc import Callable
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelPruning
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.rnn import pack_padded_sequence
-from training import Classifier, classification, fit
+from training import Classifier, adamw, classification, fit, loader, mlp, trainer
 
 from lightning_mpt import MasterWeightPrecision
 
@@ -167,3 +172,137 @@ def test_linear_algebra_is_computed_in_fp32(function: Any, dtype: torch.dtype) -
         *(result if isinstance(result, tuple) else (result,) for result in (found, expected)), strict=True
     ):
         assert torch.equal(ours, fp32.to(dtype))
+
+
+@pytest.mark.parametrize("precision", HALVES)
+def test_masks_that_pruning_makes_in_training_are_fp32_in_files_and_after_fit(precision: Any) -> None:
+    class Prunes(Classifier):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 1:
+                prune.l1_unstructured(self.net[0], "weight", 0.5)
+            if self.current_epoch == 2:
+                self.saved = self.state_dict()
+                prune.l1_unstructured(self.net[2], "weight", 0.5)
+                prune.remove(self.net[2], "weight")
+
+    module = Prunes(mlp())
+    fit(module, classification(4), MasterWeightPrecision(precision), max_epochs=3)
+    for state_dict in (module.saved, module.state_dict()):
+        assert "net.0.weight_mask" in state_dict
+        assert {value.dtype for value in state_dict.values()} == {torch.float32}
+    assert (module.net[0].weight == 0).float().mean() == 0.5
+
+
+@pytest.mark.parametrize("master_weights", ["split", "float32"])
+@pytest.mark.parametrize("precision", HALVES)
+def test_weights_that_are_exchanged_for_fp32_ones_are_the_masters(precision: Any, master_weights: str) -> None:
+    """By `parameter.data = ...`, which makes a half parameter FP32."""
+    start = copy.deepcopy(mlp().state_dict())
+
+    class Rewinds(Classifier):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 1:
+                for name, parameter in self.net.named_parameters():
+                    parameter.data = start[name].clone()
+
+        def on_train_batch_start(self, *_: Any) -> None:
+            self.was = self.net.state_dict()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if self.current_epoch == 1 and batch_idx == 0:
+                torch.testing.assert_close(self.net.state_dict(), start, rtol=0, atol=0)
+                assert {parameter.dtype for parameter in self.parameters()} == {HALVES[precision]}
+            return super().training_step(batch, batch_idx)
+
+    module = Rewinds(mlp())
+    fit(module, classification(4), MasterWeightPrecision(precision, master_weights=master_weights), max_epochs=2)
+    assert module.losses[4] == module.losses[0]
+    assert module.losses[5] != module.losses[4]
+
+
+def test_lightnings_lottery_tickets_are_drawn_as_in_fp32() -> None:
+    """Once: on a CPU, FP32 training then goes on in the very tensors that it was to be rewound to."""
+    runs = []
+    for plugin in (None, MasterWeightPrecision("16-true")):
+        module = Classifier(mlp())
+        pruning = ModelPruning("l1_unstructured", amount=0.3, apply_pruning=lambda epoch: epoch == 0)
+        fit(module, classification(10), plugin, callbacks=[pruning], max_epochs=2)
+        runs.append(module.losses)
+    assert runs[1] == pytest.approx(runs[0], rel=0.002)
+
+
+FLAVOURS: dict[str, dict[str, Any]] = {
+    "fused": {"fused": True},
+    "foreach": {"foreach": True},
+    "for-loop": {"foreach": False},
+    "tensor lr": {"lr": torch.tensor(2**-6)},
+}
+
+
+@pytest.mark.parametrize("precision", HALVES)
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_how_adamw_was_to_be_computed_changes_nothing(flavour: str, precision: Any) -> None:
+    runs = []
+    for options in ({}, FLAVOURS[flavour]):
+        module = Classifier(mlp(), adamw(**{"lr": 2**-6, **options}))
+        fit(module, classification(5), MasterWeightPrecision(precision))
+        runs.append(module.state_dict())
+    torch.testing.assert_close(runs[1], runs[0], rtol=0, atol=0)
+
+
+class Spectral(nn.Module):
+    """A filter on the Fourier transform."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter, self.head = nn.Parameter(torch.randn(9, dtype=torch.complex64)), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.fft.irfft(torch.fft.rfft(x.float()) * self.filter, n=16).to(x.dtype))
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_complex_parameter_is_refused_by_name_unless_it_is_frozen(optimizer: Any) -> None:
+    module = Classifier(Spectral(), lambda module: optimizer(module.net.head.parameters(), lr=0.1))
+    start = module.net.filter.detach().clone()
+    with pytest.raises(TypeError, match=r"net.filter is torch.complex64.*torch.view_as_real.*or freeze it"):
+        fit(module, classification(1), MasterWeightPrecision("16-true"))
+    module.net.filter.requires_grad_(False)
+    fit(module, classification(5), MasterWeightPrecision("16-true"))
+    assert module.losses[-1] < module.losses[0]
+    assert torch.equal(module.net.filter, start)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions take notes from Python 3.11 on")
+def test_an_error_of_torchs_about_dtypes_is_explained() -> None:
+    class Position(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.position, self.head = torch.zeros(16), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x + self.position)
+
+    with pytest.raises(RuntimeError, match="BFloat16") as raised:
+        fit(Classifier(Position()), classification(1), MasterWeightPrecision("bf16-true"))
+    assert any("register_buffer" in note for note in raised.value.__notes__)
+    position = nn.Sequential(Position())
+    fit(Classifier(position), classification(1), MasterWeightPrecision("bf16-true", autocast=True))
+
+
+def test_predict_before_fit_leaves_training_as_it_is() -> None:
+    class Predicts(Classifier):
+        def predict_step(self, batch: Any) -> Tensor:
+            return self(batch[0])
+
+    runs = []
+    for predicts in (False, True):
+        module = Predicts(mlp())
+        ours: L.Trainer = trainer(MasterWeightPrecision("16-true"))
+        if predicts:
+            (first,) = ours.predict(module, loader(classification(1))) or []
+            assert first.dtype == torch.float16
+        ours.fit(module, loader(classification(5)))
+        runs.append(module.losses)
+    assert runs[0] == runs[1]
+    assert F.mse_loss(first.float(), mlp()(classification(1)[0][0])) < 1e-5
