@@ -7,6 +7,7 @@ would be computed in the type of the logits: they are given FP32 ones. Linear al
 have it, has no half kernels, and a matrix exponential in half is NaN on a CPU: it is given FP32 too.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -65,6 +66,14 @@ FACTORIZATIONS = _named(
 )
 """Matrices, which go on in half."""
 
+FILLS = _named(
+    "masked_fill masked_fill_ fill_ full full_like new_full index_fill index_fill_ clamp clamp_ clamp_min clamp_min_ "
+    "clamp_max clamp_max_"
+)
+"""What writes a number of the caller's into a tensor, and ends in an error where float16 does not reach so far."""
+
+SERVED = LOSSES | DETERMINANTS | FACTORIZATIONS | FILLS
+
 CASTS = frozenset({Tensor.float, Tensor.to, Tensor.type})
 """How callers bring logits to FP32 themselves."""
 
@@ -77,7 +86,8 @@ class FP32Losses(TorchFunctionMode):
     """Within it, the losses of `torch.nn.functional` and linear algebra see FP32 where they are given half tensors.
 
     Cross entropy over many classes is computed in FP32 without an FP32 copy of all logits (`cross_entropy.py`), also
-    where they were brought to FP32 by the caller: what was half a line before is remembered.
+    where they were brought to FP32 by the caller: what was half a line before is remembered. A number that float16
+    does not reach, such as -1e9 in a mask, becomes the last one that it does.
     """
 
     def __init__(self) -> None:
@@ -89,16 +99,21 @@ class FP32Losses(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in LOSSES or func in DETERMINANTS:
-            if func is F.cross_entropy and (loss := self._cross_entropy(*args, **kwargs)) is not None:
-                return loss
-            return func(*map(_to_fp32, args), **{name: _to_fp32(value) for name, value in kwargs.items()})
-        if func in FACTORIZATIONS:
-            return _through_fp32(func, args, kwargs)
+        if func in SERVED:
+            return self._served(func, args, kwargs)
         result = func(*args, **kwargs)
         if args[0].dtype in HALF_DTYPES and not torch.compiler.is_compiling():
             self._remember(args[0], result)
         return result
+
+    def _served(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func in FACTORIZATIONS:
+            return _through_fp32(func, args, kwargs)
+        if func in FILLS:
+            return _saturated(func, args, kwargs)
+        if func is F.cross_entropy and (loss := self._cross_entropy(*args, **kwargs)) is not None:
+            return loss
+        return func(*map(_to_fp32, args), **{name: _to_fp32(value) for name, value in kwargs.items()})
 
     def _remember(self, half: Tensor, copy: Any) -> None:
         worth_it = half.requires_grad and half.numel() >= SMALLEST
@@ -136,6 +151,23 @@ class FP32Losses(TorchFunctionMode):
 
 def _to_fp32(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.dtype in HALF_DTYPES else value
+
+
+def _saturated(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What `func` gives, with the numbers that it was given inside float16's range where it writes float16."""
+    dtype = kwargs.get("dtype")
+    if dtype is None:
+        dtype = args[0].dtype if args and isinstance(args[0], Tensor) else torch.get_default_dtype()
+    if dtype == torch.float16:
+        args, kwargs = tuple(map(_in_range, args)), {name: _in_range(value) for name, value in kwargs.items()}
+    return func(*args, **kwargs)
+
+
+def _in_range(value: Any) -> Any:
+    limit = torch.finfo(torch.float16).max
+    if isinstance(value, int | float) and limit < abs(value) < math.inf:
+        return math.copysign(limit, value)
+    return value
 
 
 def _through_fp32(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

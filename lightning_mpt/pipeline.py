@@ -207,9 +207,9 @@ class MasterWeightPipeline:
             error.add_note(
                 f"Under {self!r} parameters, buffers and activations are {self._dtype}. A tensor that is no buffer "
                 "stays FP32: register_buffer makes it one. So does what is in a batch that is an object of your own: "
-                "cast it in on_after_batch_transfer. A function without half kernels takes x.float(), and its result "
-                "is cast back by .to(x.dtype); a module is kept FP32 by fp32_modules=(TheModule,). Or let modules mix "
-                "types by autocast=True."
+                "cast it in on_after_batch_transfer; and a module that is added during fit: add it before. A function "
+                "without half kernels takes x.float(), and its result is cast back by .to(x.dtype); a module is kept "
+                "FP32 by fp32_modules=(TheModule,). Or let modules mix types by autocast=True."
             )
 
     @contextmanager
