@@ -77,13 +77,11 @@ SERVED = LOSSES | DETERMINANTS | FACTORIZATIONS | FILLS
 CASTS = frozenset({Tensor.float, Tensor.to, Tensor.type})
 """How callers bring logits to FP32 themselves."""
 
-WATCHED = LOSSES | CASTS
-
 REDUCED_PRECISION_SWITCHES = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
 
 
-class FP32Losses(TorchFunctionMode):
-    """Within it, the losses of `torch.nn.functional` and linear algebra see FP32 where they are given half tensors.
+class FP32Functions(TorchFunctionMode):
+    """Within it, the losses of `torch.nn.functional` and linear algebra compute in FP32 where they are given half.
 
     Cross entropy over many classes is computed in FP32 without an FP32 copy of all logits (`cross_entropy.py`), also
     where they were brought to FP32 by the caller: what was half a line before is remembered. A number that float16
@@ -102,7 +100,7 @@ class FP32Losses(TorchFunctionMode):
         if func in SERVED:
             return self._served(func, args, kwargs)
         result = func(*args, **kwargs)
-        if args[0].dtype in HALF_DTYPES and not torch.compiler.is_compiling():
+        if func in CASTS and args[0].dtype in HALF_DTYPES and not torch.compiler.is_compiling():
             self._remember(args[0], result)
         return result
 

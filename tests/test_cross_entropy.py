@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_mpt import cross_entropy as module
 from lightning_mpt.kernels import cross_entropy as reference
 from lightning_mpt.kernels.cross_entropy import CrossEntropyKernel
-from lightning_mpt.numerics import FP32Losses
+from lightning_mpt.numerics import FP32Functions
 from lightning_mpt.profiler import MemoryRecorder
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -78,7 +78,7 @@ def test_losses_and_gradients_are_those_of_fp32(
     for ours in (True, False):
         x = logits.clone().requires_grad_()
         if ours:
-            with FP32Losses():
+            with FP32Functions():
                 loss = F.cross_entropy(x, target, ignore_index=ignore_index, reduction=reduction)
         else:
             loss = F.cross_entropy(x.float(), target, ignore_index=ignore_index, reduction=reduction)
@@ -161,7 +161,7 @@ def by_name(x: Tensor, target: Tensor) -> Tensor:
 @pytest.mark.parametrize("call", [as_transformers, as_a_module, by_name])
 def test_it_serves_however_logits_come(served: list[Tensor], call: Callable[[Tensor, Tensor], Tensor]) -> None:
     logits, target = logits_and_target(torch.bfloat16)
-    with FP32Losses():
+    with FP32Functions():
         loss = call(logits.requires_grad_(), target)
     assert [x.dtype for x in served] == [torch.bfloat16]
     torch.testing.assert_close(loss, F.cross_entropy(logits.float(), target))
@@ -194,7 +194,7 @@ def transposed(x: Tensor, target: Tensor) -> Tensor:
 @pytest.mark.parametrize("call", [changed, scaled, smoothed, weighted, part, transposed])
 def test_anything_else_is_torchs_own_in_fp32(served: list[Tensor], call: Callable[[Tensor, Tensor], Tensor]) -> None:
     logits, target = logits_and_target(torch.bfloat16)
-    with FP32Losses():
+    with FP32Functions():
         loss = call(logits.clone().requires_grad_(), target)
     assert served == []
     assert torch.equal(loss, call(logits.float(), target))
@@ -206,7 +206,7 @@ def test_a_gradient_of_the_gradient_is_there_where_it_is_asked_for() -> None:
     for ours in (True, False):
         x = logits.clone().requires_grad_()
         if ours:
-            with FP32Losses():
+            with FP32Functions():
                 loss = F.cross_entropy(x, target)
         else:
             loss = F.cross_entropy(x.float(), target)
@@ -221,7 +221,7 @@ def test_a_gradient_of_the_gradient_is_there_where_it_is_asked_for() -> None:
 def test_a_class_that_is_not_there_is_an_error_as_in_torch() -> None:
     logits, target = logits_and_target(torch.bfloat16)
     target[5] = CLASSES
-    with FP32Losses(), pytest.raises((IndexError, RuntimeError), match=r"out of bounds|is no class"):
+    with FP32Functions(), pytest.raises((IndexError, RuntimeError), match=r"out of bounds|is no class"):
         F.cross_entropy(logits.requires_grad_(), target)
 
 
@@ -233,7 +233,7 @@ def test_nothing_in_fp32_is_as_large_as_the_logits() -> None:
         head = torch.nn.Linear(8, classes, bias=False).bfloat16()
         x, target = torch.randn(rows, 8).bfloat16(), torch.zeros(rows, dtype=torch.int64)
         recorder = MemoryRecorder(head, steps=1, warmup_steps=1)
-        with recorder, FP32Losses():
+        with recorder, FP32Functions():
             for _ in range(2):
                 logits = head(x)
                 loss = F.cross_entropy(logits if ours else logits.float() * 1.0, target)

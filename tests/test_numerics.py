@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_mpt.numerics import LOSSES, FP32Losses, default_dtype, fp32_sums
+from lightning_mpt.numerics import LOSSES, FP32Functions, default_dtype, fp32_sums
 
 MATMUL = torch.backends.cuda.matmul
 
@@ -83,7 +83,7 @@ def test_every_loss_is_tried_here() -> None:
 @pytest.mark.parametrize("loss", CALLS, ids=lambda loss: loss.__name__)
 def test_losses_of_half_tensors_are_the_fp32_ones(loss: Callable[..., Tensor]) -> None:
     arguments = CALLS[loss]
-    with FP32Losses():
+    with FP32Functions():
         ours = loss(*arguments)
     in_fp32 = [a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
     assert ours.dtype == torch.float32
@@ -92,7 +92,7 @@ def test_losses_of_half_tensors_are_the_fp32_ones(loss: Callable[..., Tensor]) -
 
 def test_modules_and_keywords_too_and_gradients_come_back_half() -> None:
     logits = half(4, 3).requires_grad_()
-    with FP32Losses():
+    with FP32Functions():
         loss = torch.nn.CrossEntropyLoss(weight=half(3), label_smoothing=0.1)(logits, torch.tensor([0, 1, 2, 0]))
         keyword = F.mse_loss(input=logits, target=half(4, 3))
     assert loss.dtype == keyword.dtype == torch.float32
@@ -102,7 +102,7 @@ def test_modules_and_keywords_too_and_gradients_come_back_half() -> None:
 
 
 def test_nothing_else_is_touched() -> None:
-    with FP32Losses():
+    with FP32Functions():
         assert (half(3) @ half(3)).dtype == torch.bfloat16
         assert half(4, 3).softmax(1).dtype == torch.bfloat16
         assert F.layer_norm(half(4, 3), (3,)).dtype == torch.bfloat16
@@ -116,7 +116,7 @@ def test_losses_within_a_compiled_function_are_fp32() -> None:
     def compiled(x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(x * 2, y)
 
-    with FP32Losses():
+    with FP32Functions():
         loss = compiled(half(4, 3), torch.tensor([0, 1, 2, 0]))
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, F.cross_entropy((half(4, 3) * 2).float(), torch.tensor([0, 1, 2, 0])))
