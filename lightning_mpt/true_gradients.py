@@ -18,6 +18,7 @@ from .base import refuse_sparse
 from .conversion import ConvertedModule
 from .kernels.gradients import true_gradient
 from .kernels.slots import GradientTransform
+from .shards import layout
 
 _READ, _WRITE, _DELETE = (getattr(Tensor.grad, name) for name in ("__get__", "__set__", "__delete__"))
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
@@ -28,7 +29,8 @@ def true_gradients(converted: ConvertedModule, scale: Tensor) -> Iterator[None]:
     """Within it, `parameter.grad` of the module's parameters is the true gradient: float32, unscaled.
 
     What is done to it in place, or assigned instead of it, is done to the gradient: afterwards the parameter has the
-    changed one, float32 and scaled. A gradient that was only read is afterwards what it was.
+    changed one, float32 and scaled. A gradient that was only read is afterwards what it was; a sharded one is taken to
+    be changed.
 
     Args:
         converted: the module; its gradients may change.
@@ -53,7 +55,7 @@ class _TrueGradients(TorchFunctionMode):
         self._true: dict[Tensor, Tensor] = {}
         """The gradients that were asked for, or assigned."""
         self._versions: dict[Tensor, int] = {}
-        """Of those made here, the version that they were made with."""
+        """Of those made here, the version that they were made with; none of a DTensor, which counts no writes to it."""
 
     def changed(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The parameters whose true gradient was written to or assigned, with it."""
@@ -84,5 +86,7 @@ class _TrueGradients(TorchFunctionMode):
             refuse_sparse([gradient])
             unscale = GradientTransform(self._scale.to(gradient.device, non_blocking=True).reciprocal())
             true = true_gradient(gradient, unscale, torch.empty_like(gradient, dtype=torch.float32))
-            self._true[parameter], self._versions[true] = true, true._version
+            self._true[parameter] = true
+            if layout(true) is None:
+                self._versions[true] = true._version
         return self._true.get(parameter)

@@ -123,6 +123,13 @@ def with_batchnorm(rank: int, folder: Path) -> dict[str, Any]:
     return results
 
 
+class ClipsByItself(Sharded):
+    """What `gradient_clip_val=0.1` does, by hand."""
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        torch.nn.utils.clip_grad_norm_(self.parameters(), 0.1)
+
+
 class LastLayerWhole(Sharded):
     """Only the other layers are sharded. On the second rank, the third gradient of the last bias is inf."""
 
@@ -181,6 +188,7 @@ def everything(rank: int, folder: Path) -> dict[str, Any]:
             _, results[f"{precision}, {accumulated}"] = train(rank, plugin, Sharded(net(0)), **options)
     plugin = MasterWeightPrecision("bf16-true")
     _, results["clipped"] = train(rank, plugin, Sharded(net(0)), gradient_clip_val=0.1)
+    _, results["clips by itself"] = train(rank, MasterWeightPrecision("bf16-true"), ClipsByItself(net(0)))
     _, results["compact"] = train(rank, compact(), Sharded(net(0)))
     plugin = MasterWeightPrecision("16-true", loss_scale=DynamicLossScale(2.0**10))
     _, results["poisoned"] = train(rank, plugin, Sharded(net(0), poisoned=2 if rank == 1 else None))

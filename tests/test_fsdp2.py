@@ -101,6 +101,11 @@ def test_clipping_takes_the_norm_over_all_shards(ranks: list[dict[str, Any]]) ->
     assert (way(ranks[0]["clipped"]) - alone).norm() <= DISTANCE["bf16-true"] * alone.norm()
 
 
+def test_a_module_that_clips_its_true_gradients_trains_alike(ranks: list[dict[str, Any]]) -> None:
+    ours, trainers = way(ranks[0]["clips by itself"]), way(ranks[0]["clipped"])
+    assert (ours - trainers).norm() <= 1e-3 * trainers.norm()
+
+
 def test_an_overflow_on_one_rank_skips_the_step_on_all(ranks: list[dict[str, Any]]) -> None:
     assert_all_skipped_one_step(ranks)
 
