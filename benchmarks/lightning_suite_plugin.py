@@ -129,7 +129,7 @@ def _add_nothing() -> None:
     def attach(self: MasterWeightPrecision, module: Any, lr_schedulers: list[Any]) -> None:
         original(self, module, lr_schedulers)
         module.trainer.callbacks[:] = [
-            one for one in module.trainer.callbacks if one not in (self._reload, self._metrics)
+            one for one in module.trainer.callbacks if one not in (self._reloads, self._metrics)
         ]
 
     MasterWeightPrecision._attach = attach  # type: ignore[method-assign]
