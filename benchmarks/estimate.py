@@ -15,7 +15,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,13 +142,25 @@ def estimated(precision: str, case: Case, device: str = "cpu") -> MemoryReport:
         return estimate(Trial(lambda: Step(case.make(**case.shape)[0]), [batch]), precision, device=device)
 
 
-def errors(measured: MemoryReport, estimated: MemoryReport) -> dict[str, float]:
-    """By category, and for the peak: the difference as a share of the measured peak."""
+def figures(report: MemoryReport) -> dict[str, Any]:
+    """A report's peak and its categories there, as JSON has them."""
+    return {"peak_bytes": report.peak_bytes, "categories": by_category(report)}
+
+
+def errors(measured: Mapping[str, Any], estimated: Mapping[str, Any]) -> dict[str, float]:
+    """By category, and for the peak: the difference of two reports' figures as a share of the measured peak."""
+    peak_bytes = measured["peak_bytes"]
     shares = {
-        str(category): (estimated.categories[category] - size) / measured.peak_bytes
-        for category, size in measured.categories.items()
+        category: (estimated["categories"][category] - size) / peak_bytes
+        for category, size in measured["categories"].items()
     }
-    return {**shares, "peak": (estimated.peak_bytes - measured.peak_bytes) / measured.peak_bytes}
+    return {**shares, "peak": (estimated["peak_bytes"] - peak_bytes) / peak_bytes}
+
+
+def compared(network: str, precision: str, measured: Mapping[str, Any], estimated: Mapping[str, Any]) -> dict[str, Any]:
+    """A row: a step's figures as measured and as estimated, and the errors."""
+    told = {"network": network, "precision": precision, "errors": errors(measured, estimated)}
+    return {**told, "measured": measured, "estimated": estimated}
 
 
 def child(kind: str, precision: str, device: str = "", name: str = "") -> dict[str, Any]:
@@ -201,10 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 file.flush()
                 real = MemoryReport.load(file.name)
             guess = estimated(precision, cases[name], device)
-            row = {"network": name, "precision": precision, "errors": errors(real, guess)}
-            for kind, report in (("measured", real), ("estimated", guess)):
-                row[kind] = {"peak_bytes": report.peak_bytes, "categories": by_category(report)}
-            rows.append(row)
+            rows.append(compared(name, precision, figures(real), figures(guess)))
     print_errors(rows, console)
     shapes = {name: {"make": case.make.__name__, **case.shape} for name, case in cases.items()}
     result: dict[str, Any] = {"environment": where, "cases": shapes, "rows": rows}

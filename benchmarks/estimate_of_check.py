@@ -21,8 +21,7 @@ from rich.progress import track
 from benchmarks.common import MISSED, RESULTS, environment, write_result
 from benchmarks.cuda_pieces import CASES, VOCAB_SIZE
 from benchmarks.cuda_words import NETWORKS, found
-from benchmarks.estimate import print_errors
-from benchmarks.recorded import by_category
+from benchmarks.estimate import compared, figures, print_errors
 from examples.train_gpt import GPTModule, quiet_lightning
 from lightning_mpt.cli.estimate import estimate
 from lightning_mpt.profiler import MemoryReport
@@ -40,25 +39,12 @@ def estimated(name: str) -> MemoryReport:
     return estimate(trial, precision)
 
 
-def compared(name: str, piece: dict[str, Any]) -> dict[str, Any]:
-    """A step as it was measured and as it is estimated, and the errors."""
+def row(name: str, piece: dict[str, Any]) -> dict[str, Any]:
+    """A step as it was measured and as it is estimated, by its piece's name."""
     _, length, precision = name.split(":", 2)
-    guess = estimated(name)
-    measured = {"peak_bytes": piece["peak_bytes"], "categories": piece["categories"]}
-    guessed = {"peak_bytes": guess.peak_bytes, "categories": by_category(guess)}
-    errors = {
-        category: (guessed["categories"][category] - size) / piece["peak_bytes"]
-        for category, size in piece["categories"].items()
-    }
-    errors["peak"] = guess.peak_bytes / piece["peak_bytes"] - 1
     network = f"{NETWORKS[length]}, {piece['batch_size']} x {piece['seq_len']}"
-    return {
-        "network": network,
-        "precision": precision,
-        "errors": errors,
-        "measured": measured,
-        "estimated": guessed,
-    }
+    measured = {key: piece[key] for key in ("peak_bytes", "categories")}
+    return compared(network, precision, measured, figures(estimated(name)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     quiet_lightning()
     pieces = dict(found(check, "train:"))
-    rows = [compared(*item) for item in track(pieces.items(), "estimating", console=console)]
+    rows = [row(*item) for item in track(pieces.items(), "estimating", console=console)]
     print_errors(rows, console)
     where = environment("benchmarks.estimate_of_check")
     content = {"environment": where, "measured_by": check["environment"], "rows": rows}

@@ -131,9 +131,7 @@ class TritonKernel:
         return tiles, squares, flags
 
     def _updates_of(self, slots: Slots, gradients: Sequence[Tensor], options: dict[str, Any]) -> "list[_Update]":
-        kept = self._updates.get(slots)
-        if kept is None:
-            kept = self._updates[slots] = {}
+        kept = self._updates.setdefault(slots, {})
         key = (*options.values(), *map(DTYPE, gradients))
         updates = kept.get(key)
         if updates is None:
