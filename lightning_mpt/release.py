@@ -6,6 +6,7 @@ it: a step that is skipped as a whole, a dynamic loss scale, the norm that clipp
 batches. A parameter whose gradient is not finite is skipped alone, and counted.
 """
 
+from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -70,7 +71,8 @@ class GradientRelease:
         """Of the last backward, until its step: whether each gradient was not finite, as `step_some` says it."""
         self._waiting: dict[tuple[int, torch.device], dict[Tensor, None]] = {}
         """By their group's id and by device: parameters whose gradients are complete."""
-        self._waiting_numel = 0
+        self._numels: Counter[tuple[int, torch.device]] = Counter()
+        """How many elements these have."""
         self._scale: Tensor | None = None
         self._clip_value: float | None = None
 
@@ -90,11 +92,12 @@ class GradientRelease:
         self.found = {}
         try:
             yield
-            self._update_waiting()
+            for waiting in list(self._waiting):
+                self._update_waiting(waiting)
         finally:
             for parameter in chain.from_iterable(self._waiting.values()):
                 parameter.grad = None  # of a backward that ended in an exception
-            self._scale, self._waiting, self._waiting_numel = None, {}, 0
+            self._scale, self._waiting, self._numels = None, {}, Counter()
 
     def check_clipping(self, clip_val: float, algorithm: str) -> None:
         """ValueError if gradients, which are gone by now, were not clipped as is asked for."""
@@ -132,22 +135,24 @@ class GradientRelease:
         if not gradient.numel():
             parameter.grad = None
             return
-        waiting = self._waiting.setdefault((id(group), parameter.device), {})
+        alike = id(group), parameter.device
+        waiting = self._waiting.setdefault(alike, {})
         if parameter in waiting:
             return  # more of its gradient has come in time
         waiting[parameter] = None
-        self._waiting_numel += parameter.numel()
-        if self._waiting_numel >= self._optimizer.elements_worth_a_launch(parameter.device):
-            self._update_waiting()
+        self._numels[alike] += parameter.numel()
+        if self._numels.total() >= self._optimizer.elements_worth_a_launch(parameter.device):
+            # Those alone that free the most: biases and norms, often a group of their own, can wait for one another.
+            self._update_waiting(max(self._numels, key=self._numels.__getitem__))
 
     @torch.no_grad()
-    def _update_waiting(self) -> None:
-        """Update all that wait, group by group, and free their gradients."""
+    def _update_waiting(self, alike: tuple[int, torch.device]) -> None:
+        """Update all that wait of a group on a device, in one launch, and free their gradients."""
         assert self._scale is not None
-        waiting, self._waiting, self._waiting_numel = self._waiting, {}, 0
-        for parameters in map(list, waiting.values()):
-            group = self._groups[parameters[0]]
-            found = self._optimizer.step_some(parameters, group, self._scale, self._clip_value)
-            self.found.update(zip(parameters, found.unbind(), strict=True))
-            for parameter in parameters:
-                parameter.grad = None
+        del self._numels[alike]
+        parameters = list(self._waiting.pop(alike))
+        group = self._groups[parameters[0]]
+        found = self._optimizer.step_some(parameters, group, self._scale, self._clip_value)
+        self.found.update(zip(parameters, found.unbind(), strict=True))
+        for parameter in parameters:
+            parameter.grad = None

@@ -19,6 +19,7 @@ from lightning_mpt.kernels import tiling
 from lightning_mpt.profiler import Category, MemoryProfiler
 
 BATCHES = 30
+ONE_GROUP = adamw()
 ROUNDING = {"rtol": 1e-5, "atol": 1e-7}
 """Parameters are updated one by one rather than together, and vector and scalar code round apart."""
 
@@ -43,6 +44,12 @@ class TiedGPT2(L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+def no_decay_of_vectors(module: L.LightningModule) -> torch.optim.Optimizer:
+    matrices = [parameter for parameter in module.parameters() if parameter.dim() > 1]
+    vectors = [parameter for parameter in module.parameters() if parameter.dim() == 1]
+    return torch.optim.AdamW([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], lr=1e-2)
 
 
 def tokens(count: int) -> list[tuple[Tensor, ...]]:
@@ -108,18 +115,24 @@ def _by_triton(triton_kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_by_triton")
 @pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow) encountered:RuntimeWarning")
-def test_with_the_kernel_as_many_wait_for_one_another_as_are_worth_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("configure", [ONE_GROUP, no_decay_of_vectors], ids=["one group", "two groups"])
+def test_with_the_kernel_as_many_wait_for_one_another_as_are_worth_a_launch(
+    configure: Callable[[L.LightningModule], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And small ones of a group of their own wait for all of it, rather than be launched with every large one."""
     monkeypatch.setattr(tiling, "RELEASES", 4)
-    alive, launches = [], []
+    alive, launches, of_vectors = [], [], 0
     step_some = MasterAdamW.step_some
 
     def counted(self: MasterAdamW, parameters: Any, *arguments: Any) -> Tensor:
+        nonlocal of_vectors
         launches.append(len(parameters))
+        of_vectors += all(parameter.dim() == 1 for parameter in parameters)
         return step_some(self, parameters, *arguments)
 
     monkeypatch.setattr(MasterAdamW, "step_some", counted)
     net = nn.Sequential(*(nn.Linear(16, 16) for _ in range(8)), nn.Linear(16, 4))
-    ours, plain = Classifier(net), Classifier(copy.deepcopy(net))
+    ours, plain = Classifier(net, configure), Classifier(copy.deepcopy(net), configure)
 
     def count(parameter: Tensor) -> None:
         alive.append(sum(other.numel() for other in ours.parameters() if other.grad is not None))
@@ -131,6 +144,7 @@ def test_with_the_kernel_as_many_wait_for_one_another_as_are_worth_a_launch(monk
     total = sum(parameter.numel() for parameter in net.parameters())
     assert sum(launches) == 4 * 18
     assert len(launches) <= 4 * 5
+    assert of_vectors == (0 if configure is ONE_GROUP else 4)
     assert max(alive) <= total // 4 + 16 * 17
     torch.testing.assert_close(ours.state_dict(), plain.state_dict(), **ROUNDING)
 
