@@ -73,7 +73,8 @@ class _RowLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         logits, target, log_sums = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: in operations that autograd knows
+        many = torch._C._functorch.is_legacy_batchedtensor(gradient)  # is_grads_batched=True
+        if many or torch.is_grad_enabled():  # create_graph=True: in operations that torch takes apart
             gradient = torch.where(target == ctx.ignore_index, 0.0, gradient)
             one_hot = F.one_hot(torch.where(target == ctx.ignore_index, 0, target), logits.shape[1])
             return ((logits.float().softmax(1) - one_hot) * gradient[:, None]).to(logits.dtype), None, None

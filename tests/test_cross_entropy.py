@@ -218,6 +218,20 @@ def test_a_gradient_of_the_gradient_is_there_where_it_is_asked_for() -> None:
 
 
 @pytest.mark.usefixtures("kernel")
+def test_gradients_of_many_losses_are_taken_at_once(served: list[Tensor]) -> None:
+    """As `torch.autograd.functional.jacobian(vectorize=True)` does."""
+    logits, target = logits_and_target(torch.bfloat16)
+    x = logits.clone().requires_grad_()
+    with FP32Functions():
+        ours = F.cross_entropy(x, target, reduction="none")
+    assert len(served) == 1
+    theirs = F.cross_entropy(x.float(), target, reduction="none")
+    gradients = [torch.autograd.grad(one[:3], x, torch.eye(3), is_grads_batched=True)[0] for one in (ours, theirs)]
+    assert gradients[0].shape == (3, *logits.shape)
+    torch.testing.assert_close(*gradients, rtol=ULP[torch.bfloat16], atol=0)
+
+
+@pytest.mark.usefixtures("kernel")
 def test_a_class_that_is_not_there_is_an_error_as_in_torch() -> None:
     logits, target = logits_and_target(torch.bfloat16)
     target[5] = CLASSES

@@ -136,6 +136,38 @@ def test_a_step_can_be_captured_in_a_cuda_graph(preset: str) -> None:
     torch.testing.assert_close([p.detach() for p in captured], [p.detach() for p in eager], rtol=0, atol=0)
 
 
+def test_forward_backward_and_step_can_be_captured_together() -> None:
+    """Gradients then lie in the graph's own memory, where no step before it has seen them."""
+    nets = [nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).to("cuda", torch.bfloat16) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    ours, theirs = (MasterAdamW(net.parameters(), lr=1e-2) for net in nets)
+    generator = torch.Generator("cuda").manual_seed(0)
+    batches = [
+        torch.randn(16, 64, device="cuda", generator=generator, dtype=torch.float32).bfloat16() for _ in range(4)
+    ]
+    batch = batches[0].clone()
+
+    def step(net: nn.Module, optimizer: MasterAdamW, x: Tensor) -> None:
+        optimizer.zero_grad()
+        net(x).float().square().mean().backward()
+        optimizer.step()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(nets[0], ours, batch)
+    torch.cuda.current_stream().wait_stream(side)
+    step(nets[1], theirs, batches[0])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(nets[0], ours, batch)
+    for later in batches[1:]:
+        batch.copy_(later)
+        graph.replay()
+        step(nets[1], theirs, later)
+    torch.testing.assert_close(nets[0].state_dict(), nets[1].state_dict(), rtol=0, atol=0)
+
+
 def test_a_parameter_of_more_than_two_to_the_31_elements() -> None:
     count = 2**31 + 4099
     parameter = nn.Parameter(torch.ones(count, device="cuda", dtype=torch.bfloat16))

@@ -22,6 +22,8 @@ KEPT_BYTES = 2**26
 """Tables for gradients that are not there any more go once all are larger than this."""
 KEPT_SCANS = 8
 """But not the newest."""
+REPLAYED: list[Tensor] = []
+"""Tables that were made while a CUDA graph was captured, on the host: it copies them again whenever it is replayed."""
 DTYPE = attrgetter("dtype")
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 COMPILE_OPTIONS = {"num_warps": 4, "maxnreg": 128, "enable_fp_fusion": False}
@@ -302,7 +304,12 @@ def _on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Without waiting for the device: from pinned memory, which torch keeps until the copy is done."""
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    if device.type == "cpu":
+        return tensor
+    if torch.cuda.is_current_stream_capturing():
+        REPLAYED.append(tensor)  # pinning it might ask events, which no capture allows
+        return tensor.to(device, non_blocking=True)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _number_or_tensor(name: str, value: float | Tensor) -> dict[str, Any]:
