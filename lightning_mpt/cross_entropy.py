@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .kernels import cross_entropy_kernel_for
 from .shards import layout
-from .storage import HALF_DTYPES
+from .upcast import Upcast, half_values
 
 SMALLEST = 2**20
 """Fewer logits are not worth it."""
@@ -30,7 +30,7 @@ def serves(logits: Any, target: Any, weight: Any, label_smoothing: float) -> boo
         and layout(logits) is layout(target) is None
         and torch._C._functorch.maybe_current_level() is None  # vmap, and what is built on it
         and target.device == logits.device
-        and logits.dtype in HALF_DTYPES
+        and half_values(logits) is not None
         and logits.dim() == 2
         and logits.requires_grad
         and logits.numel() >= SMALLEST
@@ -45,13 +45,13 @@ def cross_entropy(logits: Tensor, target: Tensor, ignore_index: int, reduction: 
     """As `F.cross_entropy(logits.float(), ...)`.
 
     Args:
-        logits: rows x classes, float16 or bfloat16.
+        logits: rows x classes, float16 or bfloat16, or what stands for FP32 values of such (`Upcast`).
         target: a class for each row, int64.
         ignore_index: rows with this target count for nothing.
         reduction: `mean` over the rows that count, `sum` or `none`.
 
     Returns:
-        float32: without dimensions, or one for each row. The gradient of the logits has their dtype.
+        float32: without dimensions, or one for each row. The gradient of the logits is half, or stands for it.
     """
     losses: Tensor = _RowLosses.apply(logits, target, ignore_index)
     if reduction == "none":
@@ -65,7 +65,9 @@ class _RowLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-        losses, log_sums = cross_entropy_kernel_for(logits.device).row_losses(logits, target, ignore_index)
+        half = half_values(logits)
+        assert half is not None
+        losses, log_sums = cross_entropy_kernel_for(logits.device).row_losses(half, target, ignore_index)
         ctx.save_for_backward(logits, target, log_sums)
         ctx.ignore_index = ignore_index
         return losses
@@ -73,10 +75,12 @@ class _RowLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         logits, target, log_sums = ctx.saved_tensors
+        half = half_values(logits)
         many = torch._C._functorch.is_legacy_batchedtensor(gradient)  # is_grads_batched=True
-        if many or torch.is_grad_enabled():  # create_graph=True: in operations that torch takes apart
+        if half is None or many or torch.is_grad_enabled():  # create_graph=True: in operations that torch takes apart
             gradient = torch.where(target == ctx.ignore_index, 0.0, gradient)
             one_hot = F.one_hot(torch.where(target == ctx.ignore_index, 0, target), logits.shape[1])
             return ((logits.float().softmax(1) - one_hot) * gradient[:, None]).to(logits.dtype), None, None
         kernel = cross_entropy_kernel_for(logits.device)
-        return kernel.gradient(logits, target, log_sums, gradient, ctx.ignore_index), None, None
+        half = kernel.gradient(half, target, log_sums, gradient, ctx.ignore_index)
+        return Upcast.of(half) if isinstance(logits, Upcast) else half, None, None

@@ -10,6 +10,7 @@ have it, has no half kernels, and a matrix exponential in half is NaN on a CPU: 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .cross_entropy import SMALLEST, cross_entropy, serves
 from .storage import HALF_DTYPES
+from .upcast import Upcast, before_call, can_wait, upcast
 
 LOSSES = frozenset(
     {
@@ -84,25 +85,32 @@ class FP32Functions(TorchFunctionMode):
     """Within it, the losses of `torch.nn.functional` and linear algebra compute in FP32 where they are given half.
 
     Cross entropy over many classes is computed in FP32 without an FP32 copy of all logits (`cross_entropy.py`), also
-    where they were brought to FP32 by the caller: what was half a line before is remembered. A number that float16
+    where the caller brings them to FP32: that copy waits until something needs it (`upcast.py`). A number that float16
     does not reach, such as -1e9 in a mask, becomes the last one that it does.
+
+    Args:
+        are_logits: what was learnt so far, changed in place: by the size of their last dimension, whether half tensors
+            that are brought to FP32 are taken by cross entropy. Where they are not, they are copied at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, are_logits: dict[int, bool] | None = None) -> None:
         super().__init__()
-        self._half_of: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        """FP32 copies of many half logits, with the version they had: while they live, where they came from."""
+        self._are_logits = {} if are_logits is None else are_logits
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if not torch.compiler.is_compiling():
+            before_call(func, args, kwargs)
+            if func in CASTS and args[0].dtype in HALF_DTYPES and self._may_be_logits(args[0]):
+                # Where to, an empty tensor tells.
+                cast = func(args[0].detach().flatten()[:0], *args[1:], **kwargs)
+                if isinstance(cast, Tensor) and cast.dtype == torch.float32 and cast.device == args[0].device:
+                    return upcast(args[0], partial(self._are_logits.setdefault, args[0].shape[-1], False))
         if func in SERVED:
             return self._served(func, args, kwargs)
-        result = func(*args, **kwargs)
-        if func in CASTS and args[0].dtype in HALF_DTYPES and not torch.compiler.is_compiling():
-            self._remember(args[0], result)
-        return result
+        return func(*args, **kwargs)
 
     def _served(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in FACTORIZATIONS:
@@ -113,10 +121,9 @@ class FP32Functions(TorchFunctionMode):
             return loss
         return func(*map(_to_fp32, args), **{name: _to_fp32(value) for name, value in kwargs.items()})
 
-    def _remember(self, half: Tensor, copy: Any) -> None:
-        worth_it = half.requires_grad and half.numel() >= SMALLEST
-        if worth_it and isinstance(copy, Tensor) and copy.dtype == torch.float32:
-            self._half_of[copy] = half, copy._version
+    def _may_be_logits(self, half: Tensor) -> bool:
+        large = half.numel() >= SMALLEST and half.requires_grad and torch.is_grad_enabled()
+        return large and self._are_logits.get(half.shape[-1], True) and can_wait(half)
 
     def _cross_entropy(
         self,
@@ -130,21 +137,12 @@ class FP32Functions(TorchFunctionMode):
         label_smoothing: float = 0.0,
     ) -> Tensor | None:
         """The loss, computed with little memory; None where that is not for these arguments."""
-        logits = self._half_logits(input)
         plain = size_average is None and reduce is None and reduction in ("mean", "sum", "none")
-        if not plain or not serves(logits, target, weight, label_smoothing):
+        if not plain or not serves(input, target, weight, label_smoothing):
             return None
-        return cross_entropy(logits, target, ignore_index, reduction)
-
-    def _half_logits(self, logits: Any) -> Any:
-        """The half logits that these are the FP32 values of, in the same shape; else they themselves."""
-        if not isinstance(logits, Tensor) or logits.dtype != torch.float32:
-            return logits
-        copy = logits if logits._base is None else logits._base
-        half, version = self._half_of.get(copy, (None, None))
-        if half is None or version != copy._version or not (half.is_contiguous() and logits.is_contiguous()):
-            return logits
-        return half.view(logits.shape) if half.numel() == logits.numel() else logits
+        if isinstance(input, Upcast):
+            self._are_logits[input.shape[-1]] = True
+        return cross_entropy(input, target, ignore_index, reduction)
 
 
 def _to_fp32(value: Any) -> Any:

@@ -88,6 +88,7 @@ class MasterWeightPipeline:
         self._grad_norm: Tensor | None = None
         self._watches: list[Watch] = []
         self._device_type = "cpu"
+        self._are_logits: dict[int, bool] = {}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.precision!r})"
@@ -219,7 +220,7 @@ class MasterWeightPipeline:
         if self._autocast:
             autocast = torch.autocast(self._device_type, dtype=self._dtype, cache_enabled=False)
         with ExitStack() as stack:
-            for context in (default_dtype(self._dtype), fp32_sums(), FP32Functions(), autocast):
+            for context in (default_dtype(self._dtype), fp32_sums(), FP32Functions(self._are_logits), autocast):
                 stack.enter_context(context)
             yield
 

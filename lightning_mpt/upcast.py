@@ -1,0 +1,239 @@
+"""FP32 tensors that are kept as the half values that they were cast from, until something needs them in FP32.
+
+Callers bring logits to FP32 before they take the loss, as transformers' models do. Over a vocabulary that copy is the
+largest tensor of all, and lives when the most memory is in use; yet cross entropy wants no more of it than the half
+values (`cross_entropy.py`). So the copy is not made: an `Upcast` stands for it, which autograd and every caller take
+for the float32 tensor that it is equal to. Views and copies of it are such tensors again. Whatever else is asked of it
+is asked of the FP32 copy, which is made then.
+
+Gradients go the same way back: that of the logits is half, and the cast would round it to half in any case.
+
+A copy is not changed by what happens to the original later. So where the half values are about to be changed in place,
+the copy is made before (`before_call`), and where that could not be seen, using it is an error.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._pytree import tree_map_only
+
+from .storage import HALF_DTYPES
+
+KINDS = (Tensor, torch.nn.Parameter, FakeTensor)
+"""Types whose casts may wait. What else there is, such as DTensor, has its own ways."""
+
+aten = torch.ops.aten
+MOVES = frozenset(
+    {aten.clone.default, aten._unsafe_view.default, aten.slice_backward.default, aten.select_backward.default}
+)
+"""What gives other memory with the same values in other places, and zeros."""
+
+OTHER_VIEWS = frozenset({aten.view.dtype, aten.as_strided.default})
+"""Of the bits, and by a place in memory: they are taken of the FP32 copy."""
+
+
+class _Source:
+    """What an upcast and its views share: the half values, and their FP32 copy once there is one."""
+
+    def __init__(self, half: Tensor, needed: Callable[[], Any] | None) -> None:
+        self.half, self._version, self._needed = half, half._version, needed
+        self.fp32 = None if half.dtype in HALF_DTYPES else half
+        self.written = self.fp32 is not None
+        """Whether the FP32 copy was changed, so that the half values say nothing of it any more."""
+
+    @property
+    def still_half(self) -> bool:
+        return not self.written and self.half._version == self._version
+
+    def in_fp32(self) -> Tensor:
+        if self.fp32 is None:
+            if self.half._version != self._version:
+                raise RuntimeError(
+                    f"A half tensor of shape {tuple(self.half.shape)} was brought to FP32, and then changed in place "
+                    "before the FP32 values were used: change a copy of it, half.clone(), or the FP32 tensor."
+                )
+            self.fp32 = self.half.float()
+            WAITING.discard(self)
+            if self._needed is not None:
+                self._needed()
+        return self.fp32
+
+
+WAITING: WeakSet[_Source] = WeakSet()
+"""Those of which there is no FP32 copy yet, gradients apart."""
+
+
+class Upcast(Tensor):
+    """A float32 tensor that stands for the FP32 copy of a contiguous half one, or for a view of that copy.
+
+    Args:
+        source: what it shows a part of, or all.
+        shown: the view, half or FP32 as they are now.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    _source: _Source
+    _shown: Tensor
+
+    @staticmethod
+    def __new__(cls, source: _Source, shown: Tensor) -> "Upcast":
+        whole = source.in_fp32() if shown.dtype == torch.float32 else source.half
+        offset = shown.storage_offset() - whole.storage_offset()
+        made = Tensor._make_wrapper_subclass(
+            cls, shown.size(), shown.stride(), offset, dtype=torch.float32, device=shown.device
+        )
+        made._source, made._shown = source, shown
+        return made
+
+    @classmethod
+    def of(cls, half: Tensor, needed: Callable[[], Any] | None = None) -> "Upcast":
+        """The FP32 values of a contiguous half tensor. `needed` is called when they are made."""
+        return cls(_Source(half, needed), half)
+
+    @property
+    def half_values(self) -> Tensor | None:
+        """The values in half, without a copy; None if they are no longer what this stands for."""
+        if not self._source.still_half:
+            return None
+        return self._shown if self._shown.dtype in HALF_DTYPES else self._part_of(self._source.half)
+
+    def in_fp32(self) -> Tensor:
+        """The values in FP32: a plain tensor, of the same memory at every call."""
+        if self._shown.dtype != torch.float32:
+            self._shown = self._part_of(self._source.in_fp32())
+        return self._shown
+
+    @property
+    def held(self) -> Tensor:
+        """The values as they are by now, half or FP32."""
+        return self._shown if self._source.fp32 is None else self.in_fp32()
+
+    def _part_of(self, whole: Tensor) -> Tensor:
+        return whole.as_strided(self.size(), self.stride(), self.storage_offset() + whole.storage_offset())
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        first = args[0] if args and isinstance(args[0], cls) else None
+        if first is not None and func.is_view and func not in OTHER_VIEWS:
+            views = func(first.held, *args[1:], **kwargs)
+            return tree_map_only(Tensor, lambda view: cls(first._source, view), views)
+        if first is not None and func in MOVES and (half := first.half_values) is not None:
+            return cls.of(func(half, *args[1:], **kwargs))
+        plain_args, plain_kwargs = tree_map_only(cls, cls.in_fp32, (args, kwargs))
+        result = func(*plain_args, **plain_kwargs)
+        if not func._schema.is_mutable:
+            return result
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            _note_write(argument, value)
+        for argument in func._schema.arguments:
+            _note_write(argument, kwargs.get(argument.name))
+        return return_and_correct_aliasing(func, args, kwargs, result)
+
+    # torch.compile and the memory profiler ask what such a tensor is made of.
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["held"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner: dict[str, Tensor], _: None, size: Any, stride: Any) -> "Upcast":
+        return cls.of(inner["held"])
+
+    def _stable_hash_for_caching(self) -> str:
+        return type(self).__name__
+
+    # What reads memory past torch's dispatch, and what is to be saved, is the FP32 copy.
+
+    def numpy(self, *, force: bool = False) -> Any:
+        return self.in_fp32().numpy(force=force)
+
+    def tolist(self) -> Any:
+        return self.in_fp32().tolist()
+
+    def data_ptr(self) -> int:
+        return self.in_fp32().data_ptr()
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.in_fp32().__dlpack__(*args, **kwargs)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self.in_fp32().__deepcopy__(memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.in_fp32().__reduce_ex__(protocol)
+
+
+class _ToFP32(torch.autograd.Function):
+    """The cast, which is not done."""
+
+    @staticmethod
+    def forward(ctx: Any, half: Tensor, needed: Callable[[], Any] | None) -> Upcast:
+        ctx.dtype = half.dtype
+        made = Upcast.of(half.detach(), needed)
+        WAITING.add(made._source)
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        half = half_values(gradient) if isinstance(gradient, Upcast) else None
+        return gradient.to(ctx.dtype) if half is None or half.dtype != ctx.dtype else half, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return tangent.float()
+
+
+def can_wait(half: Tensor) -> bool:
+    """Whether `upcast` takes this half tensor: a contiguous plain one, outside of torch.func."""
+    return type(half) in KINDS and half.is_contiguous() and torch._C._functorch.maybe_current_level() is None
+
+
+def upcast(half: Tensor, needed: Callable[[], Any] | None = None) -> Tensor:
+    """As `half.float()`, without a copy until FP32 values are needed, of which `needed` is told.
+
+    Args:
+        half: float16 or bfloat16, one that `can_wait`.
+    """
+    made: Tensor = _ToFP32.apply(half, needed)
+    return made
+
+
+def before_call(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> None:
+    """Make the FP32 copies that wait for half values which `func` is about to change: what it writes is no more theirs.
+
+    Args:
+        func: of torch's, as a `TorchFunctionMode` is told of it, with its arguments.
+    """
+    if WAITING and (_writes(func) or "out" in kwargs or kwargs.get("inplace")):
+        written = {value.untyped_storage()._cdata for value in (*args, *kwargs.values()) if type(value) in KINDS}
+        for source in list(WAITING):
+            if source.half.untyped_storage()._cdata in written:
+                source.in_fp32()
+
+
+@cache
+def _writes(func: Callable[..., Any]) -> bool:
+    """Whether a function of torch's changes its first argument, as its name says: `add_`, `__iadd__`, `__setitem__`."""
+    name = getattr(func, "__name__", "")
+    operator = name.startswith("__i") and hasattr(Tensor, f"__{name[3:]}")
+    return operator or name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+
+
+def half_values(tensor: Tensor) -> Tensor | None:
+    """The half values that a tensor has, or stands for: no copy of them. None where there are none."""
+    if isinstance(tensor, Upcast):
+        return tensor.half_values
+    return tensor if tensor.dtype in HALF_DTYPES else None
+
+
+def _note_write(argument: Any, value: Any) -> None:
+    if isinstance(value, Upcast) and argument.alias_info is not None and argument.alias_info.is_write:
+        value._source.written = True
