@@ -15,30 +15,48 @@ from torch import Tensor
 
 from .kernels import cross_entropy_kernel_for
 from .shards import layout
-from .upcast import Upcast, half_values
+from .upcast import INSTEAD, Upcast, half_values
 
 SMALLEST = 2**20
 """Fewer logits are not worth it."""
 
 
-def serves(logits: Any, target: Any, weight: Any, label_smoothing: float) -> bool:
-    """Whether `cross_entropy` can take the place of `F.cross_entropy` for these arguments, and is worth it."""
-    return (
+def instead_of_torchs(
+    input: Any,
+    target: Any,
+    weight: Any = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor | None:
+    """What `F.cross_entropy` gives for these arguments of its own; None where they are not for what is here."""
+    served = (
         not torch.compiler.is_compiling()
-        and isinstance(logits, Tensor)
+        and isinstance(input, Tensor)
         and isinstance(target, Tensor)
-        and layout(logits) is layout(target) is None
+        and layout(input) is layout(target) is None
         and torch._C._functorch.maybe_current_level() is None  # vmap, and what is built on it
-        and target.device == logits.device
-        and half_values(logits) is not None
-        and logits.dim() == 2
-        and logits.requires_grad
-        and logits.numel() >= SMALLEST
+        and target.device == input.device
+        and half_values(input) is not None
+        and input.dim() == 2
+        and input.requires_grad
+        and input.numel() >= SMALLEST
         and target.dtype == torch.int64
-        and target.shape == logits.shape[:1]
-        and weight is None
+        and target.shape == input.shape[:1]
+        and weight is size_average is reduce is None
+        and reduction in ("mean", "sum", "none")
         and label_smoothing == 0
     )
+    if not served:
+        return None
+    if isinstance(input, Upcast):
+        input.taken_in_half()
+    return cross_entropy(input, target, ignore_index, reduction)
+
+
+INSTEAD[F.cross_entropy] = instead_of_torchs
 
 
 def cross_entropy(logits: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:

@@ -47,9 +47,9 @@ class FabricMasterWeightPrecision(MasterWeightPipeline, Precision):
     plugin.restore()
     ```
 
-    From `setup` on the module is half, takes half and gives FP32: a loss computed from what it gives is FP32. (Computed
-    within the module's `forward` it is FP32 too, and of many logits no FP32 copy is made.) `state_dict` is FP32 at any
-    time, of the module and of the optimizer. Fabric has no end of training: `restore` makes the module itself FP32.
+    From `setup` on the module is half, takes half and gives FP32: a loss computed from what it gives is FP32, and so is
+    one within its `forward`. Of logits for cross entropy there is no FP32 copy, here or there. `state_dict` is FP32 at
+    any time, of the module and of the optimizer. Fabric has no end of training: `restore` makes the module itself FP32.
 
     A step with a gradient that is not finite changes nothing: `skipped_steps` counts it, `clip_gradients` gives the
     norm that it saw and raises nothing, and a schedule that was handed to `hold` waits.
@@ -139,8 +139,17 @@ class FabricMasterWeightPrecision(MasterWeightPipeline, Precision):
 
     @override
     def convert_output(self, data: Any) -> Any:
-        """Half tensors become FP32, for what is computed from them outside of the module."""
-        return apply_to_collection(data, Tensor, lambda t: t.float() if t.dtype == self._dtype else t)
+        """Half tensors become FP32, for what is computed from them outside of the module.
+
+        Of logits for cross entropy no FP32 copy is made (`upcast.py`).
+        """
+
+        def to_fp32(half: Tensor) -> Tensor:
+            if half.dtype != self._dtype:
+                return half
+            return self._casts.to_fp32(half) if self._casts.wait(half) else half.float()
+
+        return apply_to_collection(data, Tensor, to_fp32)
 
     @override
     def forward_context(self) -> AbstractContextManager[None]:  # type: ignore[override]

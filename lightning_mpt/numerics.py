@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .cross_entropy import SMALLEST, cross_entropy, serves
+from .cross_entropy import SMALLEST, instead_of_torchs
 from .storage import HALF_DTYPES
-from .upcast import Upcast, before_call, can_wait, upcast
+from .upcast import before_call, can_wait, upcast
 
 LOSSES = frozenset(
     {
@@ -89,13 +89,12 @@ class FP32Functions(TorchFunctionMode):
     does not reach, such as -1e9 in a mask, becomes the last one that it does.
 
     Args:
-        are_logits: what was learnt so far, changed in place: by the size of their last dimension, whether half tensors
-            that are brought to FP32 are taken by cross entropy. Where they are not, they are copied at once.
+        casts: what decides about the callers' casts, and learns from each.
     """
 
-    def __init__(self, are_logits: dict[int, bool] | None = None) -> None:
+    def __init__(self, casts: "Casts | None" = None) -> None:
         super().__init__()
-        self._are_logits = {} if are_logits is None else are_logits
+        self._casts = casts or Casts()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -103,11 +102,11 @@ class FP32Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         if not torch.compiler.is_compiling():
             before_call(func, args, kwargs)
-            if func in CASTS and args[0].dtype in HALF_DTYPES and self._may_be_logits(args[0]):
+            if func in CASTS and args[0].dtype in HALF_DTYPES and self._casts.wait(args[0]):
                 # Where to, an empty tensor tells.
                 cast = func(args[0].detach().flatten()[:0], *args[1:], **kwargs)
                 if isinstance(cast, Tensor) and cast.dtype == torch.float32 and cast.device == args[0].device:
-                    return upcast(args[0], partial(self._are_logits.setdefault, args[0].shape[-1], False))
+                    return self._casts.to_fp32(args[0])
         if func in SERVED:
             return self._served(func, args, kwargs)
         return func(*args, **kwargs)
@@ -117,32 +116,35 @@ class FP32Functions(TorchFunctionMode):
             return _through_fp32(func, args, kwargs)
         if func in FILLS:
             return _saturated(func, args, kwargs)
-        if func is F.cross_entropy and (loss := self._cross_entropy(*args, **kwargs)) is not None:
+        if func is F.cross_entropy and (loss := instead_of_torchs(*args, **kwargs)) is not None:
             return loss
         return func(*map(_to_fp32, args), **{name: _to_fp32(value) for name, value in kwargs.items()})
 
-    def _may_be_logits(self, half: Tensor) -> bool:
+
+class Casts:
+    """Casts from half to FP32 that wait until the copy is needed, where that may never be (`upcast.py`).
+
+    Learns, by the size of a tensor's last dimension, whether cross entropy takes such tensors, for which the half
+    values do. Where something else made the copy, it is made at once from then on.
+    """
+
+    def __init__(self) -> None:
+        self._are_logits: dict[int, bool] = {}
+
+    def wait(self, half: Tensor) -> bool:
+        """Whether a half tensor may wait: it is large, trained, and may be logits."""
         large = half.numel() >= SMALLEST and half.requires_grad and torch.is_grad_enabled()
         return large and self._are_logits.get(half.shape[-1], True) and can_wait(half)
 
-    def _cross_entropy(
-        self,
-        input: Any,
-        target: Any,
-        weight: Any = None,
-        size_average: Any = None,
-        ignore_index: int = -100,
-        reduce: Any = None,
-        reduction: str = "mean",
-        label_smoothing: float = 0.0,
-    ) -> Tensor | None:
-        """The loss, computed with little memory; None where that is not for these arguments."""
-        plain = size_average is None and reduce is None and reduction in ("mean", "sum", "none")
-        if not plain or not serves(input, target, weight, label_smoothing):
-            return None
-        if isinstance(input, Upcast):
-            self._are_logits[input.shape[-1]] = True
-        return cross_entropy(input, target, ignore_index, reduction)
+    def to_fp32(self, half: Tensor) -> Tensor:
+        """The FP32 values of a half tensor that may wait."""
+        return upcast(half, partial(self._learn, half.shape[-1]))
+
+    def _learn(self, classes: int, are_logits: bool) -> None:
+        if are_logits:
+            self._are_logits[classes] = True
+        else:
+            self._are_logits.setdefault(classes, False)
 
 
 def _to_fp32(value: Any) -> Any:

@@ -26,7 +26,7 @@ from .conversion import ConvertedModule, module_types
 from .diagnosis import Watch
 from .loss_scale import ConstantLossScale, DynamicLossScale, make_loss_scale
 from .masters import MasterWeights
-from .numerics import FP32Functions, default_dtype, fp32_sums
+from .numerics import Casts, FP32Functions, default_dtype, fp32_sums
 from .optimizer import MasterAdamW
 from .replicas import share_masters
 from .schedules import HeldSchedules
@@ -88,7 +88,7 @@ class MasterWeightPipeline:
         self._grad_norm: Tensor | None = None
         self._watches: list[Watch] = []
         self._device_type = "cpu"
-        self._are_logits: dict[int, bool] = {}
+        self._casts = Casts()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.precision!r})"
@@ -220,7 +220,7 @@ class MasterWeightPipeline:
         if self._autocast:
             autocast = torch.autocast(self._device_type, dtype=self._dtype, cache_enabled=False)
         with ExitStack() as stack:
-            for context in (default_dtype(self._dtype), fp32_sums(), FP32Functions(self._are_logits), autocast):
+            for context in (default_dtype(self._dtype), fp32_sums(), FP32Functions(self._casts), autocast):
                 stack.enter_context(context)
             yield
 

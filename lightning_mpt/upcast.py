@@ -28,6 +28,12 @@ from .storage import HALF_DTYPES
 KINDS = (Tensor, torch.nn.Parameter, FakeTensor)
 """Types whose casts may wait. What else there is, such as DTensor, has its own ways."""
 
+Learn = Callable[[bool], Any]
+"""Is told True when the half values were all that was wanted, False when an FP32 copy is made of them."""
+
+INSTEAD: dict[Any, Callable[..., Any]] = {}
+"""Functions of torch's that have another way for half values, which an `Upcast` goes; it gives None where it cannot."""
+
 aten = torch.ops.aten
 MOVES = frozenset(
     {aten.clone.default, aten._unsafe_view.default, aten.slice_backward.default, aten.select_backward.default}
@@ -41,8 +47,8 @@ OTHER_VIEWS = frozenset({aten.view.dtype, aten.as_strided.default})
 class _Source:
     """What an upcast and its views share: the half values, and their FP32 copy once there is one."""
 
-    def __init__(self, half: Tensor, needed: Callable[[], Any] | None) -> None:
-        self.half, self._version, self._needed = half, half._version, needed
+    def __init__(self, half: Tensor, learn: Learn | None) -> None:
+        self.half, self._version, self.learn = half, half._version, learn
         self.fp32 = None if half.dtype in HALF_DTYPES else half
         self.written = self.fp32 is not None
         """Whether the FP32 copy was changed, so that the half values say nothing of it any more."""
@@ -60,8 +66,8 @@ class _Source:
                 )
             self.fp32 = self.half.float()
             WAITING.discard(self)
-            if self._needed is not None:
-                self._needed()
+            if self.learn is not None:
+                self.learn(False)
         return self.fp32
 
 
@@ -77,7 +83,6 @@ class Upcast(Tensor):
         shown: the view, half or FP32 as they are now.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     _source: _Source
     _shown: Tensor
 
@@ -92,9 +97,9 @@ class Upcast(Tensor):
         return made
 
     @classmethod
-    def of(cls, half: Tensor, needed: Callable[[], Any] | None = None) -> "Upcast":
-        """The FP32 values of a contiguous half tensor. `needed` is called when they are made."""
-        return cls(_Source(half, needed), half)
+    def of(cls, half: Tensor, learn: Learn | None = None) -> "Upcast":
+        """The FP32 values of a contiguous half tensor."""
+        return cls(_Source(half, learn), half)
 
     @property
     def half_values(self) -> Tensor | None:
@@ -117,6 +122,19 @@ class Upcast(Tensor):
     def _part_of(self, whole: Tensor) -> Tensor:
         return whole.as_strided(self.size(), self.stride(), self.storage_offset() + whole.storage_offset())
 
+    def taken_in_half(self) -> None:
+        """The half values were all that was wanted."""
+        if self._source.learn is not None:
+            self._source.learn(True)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in INSTEAD and (result := INSTEAD[func](*args, **kwargs)) is not None:
+                return result
+            return func(*args, **kwargs)
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -127,7 +145,7 @@ class Upcast(Tensor):
             views = func(first.held, *args[1:], **kwargs)
             return tree_map_only(Tensor, lambda view: cls(first._source, view), views)
         if first is not None and func in MOVES and (half := first.half_values) is not None:
-            return cls.of(func(half, *args[1:], **kwargs))
+            return cls.of(func(half, *args[1:], **kwargs), first._source.learn)
         plain_args, plain_kwargs = tree_map_only(cls, cls.in_fp32, (args, kwargs))
         result = func(*plain_args, **plain_kwargs)
         if not func._schema.is_mutable:
@@ -175,9 +193,9 @@ class _ToFP32(torch.autograd.Function):
     """The cast, which is not done."""
 
     @staticmethod
-    def forward(ctx: Any, half: Tensor, needed: Callable[[], Any] | None) -> Upcast:
+    def forward(ctx: Any, half: Tensor, learn: Learn | None) -> Upcast:
         ctx.dtype = half.dtype
-        made = Upcast.of(half.detach(), needed)
+        made = Upcast.of(half.detach(), learn)
         WAITING.add(made._source)
         return made
 
@@ -196,13 +214,14 @@ def can_wait(half: Tensor) -> bool:
     return type(half) in KINDS and half.is_contiguous() and torch._C._functorch.maybe_current_level() is None
 
 
-def upcast(half: Tensor, needed: Callable[[], Any] | None = None) -> Tensor:
-    """As `half.float()`, without a copy until FP32 values are needed, of which `needed` is told.
+def upcast(half: Tensor, learn: Learn | None = None) -> Tensor:
+    """As `half.float()`, without a copy until FP32 values are needed.
 
     Args:
         half: float16 or bfloat16, one that `can_wait`.
+        learn: see `Learn`.
     """
-    made: Tensor = _ToFP32.apply(half, needed)
+    made: Tensor = _ToFP32.apply(half, learn)
     return made
 
 

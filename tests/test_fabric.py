@@ -347,3 +347,25 @@ def test_the_recorder_names_every_byte_of_a_loop(name: str) -> None:
     assert categories["master_weights"] == (2 if name == "adamw" else 4) * count
     assert categories["optimizer_state"] >= (8 if name == "adamw" else 4) * count
     assert categories["unattributed"] <= 0.01 * recorder.report.peak_bytes
+
+
+def test_logits_are_fp32_to_the_loop_and_take_no_fp32_memory() -> None:
+    """Cross entropy outside of the module, on what it gives: the peak is the half logits and their half gradient."""
+    rows, classes = 512, 4096
+    fabric = fabric_with(FabricMasterWeightPrecision("bf16-true"))
+    head = nn.Linear(8, classes, bias=False)
+    model, optimizer = fabric.setup(head, torch.optim.AdamW(head.parameters(), lr=0.1))
+    x, target = torch.randn(rows, 8), torch.randint(classes, (rows,))
+    recorder = MemoryRecorder(head, steps=1, warmup_steps=1)
+    with recorder:
+        for _ in range(2):
+            logits = model(x)
+            assert logits.dtype == torch.float32
+            loss = F.cross_entropy(logits, target)
+            del logits
+            fabric.backward(loss)
+            del loss
+            optimizer.zero_grad()
+            recorder.step()
+    assert recorder.report.peak_bytes <= 1.2 * 2 * 2 * rows * classes
+    torch.testing.assert_close(F.cross_entropy(model(x), target), F.cross_entropy(model(x) * 1.0, target))
