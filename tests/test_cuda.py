@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from lightning_mpt.cross_entropy import cross_entropy
 from lightning_mpt.kernels import Kernel, kernel_for
 from lightning_mpt.kernels.reference import ReferenceKernel
 from lightning_mpt.kernels.slots import GradientTransform, Slot
+from lightning_mpt.numerics import FP32Functions
 from lightning_mpt.storage import master_storage, moment_storage
 
 pytestmark = [
@@ -240,3 +241,25 @@ def test_split_and_float32_masters_train_bit_for_bit_alike() -> None:
             optimizer.step()
         results.append(optimizer.master_params())
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_logits_that_are_brought_to_fp32_are_not_copied(dtype: torch.dtype) -> None:
+    rows, classes = 2048, 8192
+    head = nn.Linear(16, classes, bias=False, device="cuda", dtype=dtype)
+    x = torch.randn(rows, 16, device="cuda").to(dtype)
+    target = torch.randint(classes, (rows,), device="cuda")
+    gradients, peaks = [], []
+    for waits in (True, False):
+        for _ in range(2):  # the first makes workspaces
+            head.zero_grad()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            with FP32Functions() if waits else nullcontext():
+                F.cross_entropy(head(x).float().view(-1, classes), target).backward()
+            peaks.append(torch.cuda.max_memory_allocated() - before)
+        assert head.weight.grad is not None
+        gradients.append(head.weight.grad.float())
+    torch.testing.assert_close(*gradients, rtol=0.02, atol=0.02 * float(gradients[1].abs().max()))
+    assert peaks[1] <= 1.1 * 2 * 2 * rows * classes
+    assert peaks[3] >= 2 * peaks[1]
