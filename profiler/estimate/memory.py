@@ -10,8 +10,8 @@ things that fakes would distort are put right:
 - autograd adds up gradients in place where no one else holds them, but not while a dispatch mode is on. A sum that the
   engine makes, one operand of which dies at once, is that operand's block.
 - a number that is read on the host (`.item()`) is known for a constant only. A floating one is taken for 1, a boolean
-  for true, and noted: such numbers are logged, or tell whether all is finite. Whole numbers are sizes and indices, and
-  guessing one could change the network: this is refused.
+  for true, and noted: such numbers are logged, or tell whether all is finite. Whether something is NaN or infinite is
+  known: nothing is. Whole numbers are sizes and indices, and guessing one could change the network: this is refused.
 """
 
 import sys
@@ -139,6 +139,8 @@ class FakeMemory(TorchDispatchMode):
         if func is aten.add.Tensor and in_backward() and not torch.is_grad_enabled() and _called_by_engine():
             self._summed(result, args[:2])
             return result
+        if func in _NOT_FINITE:
+            _make_constant(result, False)
         for tensor in tree_leaves(result):
             if isinstance(tensor, FakeTensor):
                 self._see(tensor.untyped_storage())
@@ -231,14 +233,17 @@ class FakeMemory(TorchDispatchMode):
 
 
 class FakeFunctions(TorchFunctionMode):
-    """Within it fake tensors can be deep-copied, where torch would copy memory that is not there, and say why they
-    cannot become arrays or whole numbers."""
+    """Within it fake tensors can be deep-copied, where torch would copy memory that is not there, be written as
+    numbers (`f"{loss:.3f}"`), and say why they cannot become arrays or whole numbers."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func not in _SPECIAL or not isinstance(args[0], FakeTensor):
             return func(*args, **(kwargs or {}))
+        if func is torch.Tensor.__format__:  # a text, on which no memory depends: any number will do
+            known = args[0].constant
+            return func(*args) if args[0].dim() else format(1 if known is None else known.item(), args[1])
         if func in _TO_WHOLE_NUMBER:
             if args[0].constant is not None:
                 return func(*args)
@@ -273,9 +278,16 @@ _TRAINERS = tuple(
     str(Path(package.__file__ or "").parent) for package in (lightning, sys.modules[__name__.partition(".")[0]])
 )
 _TO_WHOLE_NUMBER = (torch.Tensor.__int__, torch.Tensor.__index__)
-_SPECIAL = (*_TO_WHOLE_NUMBER, torch.Tensor.__deepcopy__, torch.Tensor.numpy, torch.Tensor.__array__)
+_SPECIAL = (
+    *_TO_WHOLE_NUMBER,
+    torch.Tensor.__format__,
+    torch.Tensor.__deepcopy__,
+    torch.Tensor.numpy,
+    torch.Tensor.__array__,
+)
 _WHOLE_NUMBER = "{} reads a whole number from a tensor on the host"
 _LOOP = "the training loop"
+_NOT_FINITE = (aten.isnan.default, aten.isinf.default)
 _HOST_READS: frozenset[Callable[..., Any]] = frozenset({aten._local_scalar_dense.default, aten.equal.default})
 
 
@@ -304,6 +316,13 @@ def _holds_no_constant(written: Any) -> bool:
     """Whether no tensor that is written to has a value that is known, and would be known no more."""
     tensors = written if isinstance(written, list | tuple) else [written]
     return all(isinstance(tensor, FakeTensor) and tensor.constant is None for tensor in tensors)
+
+
+def _make_constant(tensor: FakeTensor, value: bool) -> None:
+    """Every element of `tensor` is known to be `value`."""
+    with _disable_current_modes():
+        tensor.constant = torch.tensor(value).expand(tensor.shape)
+    tensor.fake_mode.fake_tensor_converter.add_constant_storage_mapping(tensor)
 
 
 def _called_by_engine() -> bool:

@@ -163,6 +163,18 @@ def test_floating_numbers_that_are_read_on_the_host_are_noted() -> None:
     assert note.startswith("Numbers read on the host (first at test_estimate.py:")
 
 
+def test_a_loss_may_be_printed_and_asked_whether_it_is_finite() -> None:
+    class Careful(Regression):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor | None:
+            loss = super().training_step(batch, batch_idx)
+            text = f"{loss} {loss:.3f} {(loss > 0).sum():d} {torch.tensor(2.5):.1f}"
+            return None if torch.isnan(loss) or loss.isinf().any() or not text.endswith("2.5") else loss
+
+    plain, careful = (estimate(Trial(kind), "32-true", device="cpu") for kind in (Regression, Careful))
+    assert careful.notes == ()
+    assert careful.categories["optimizer_state"] == plain.categories["optimizer_state"]
+
+
 @pytest.mark.parametrize(
     ("reads", "said"),
     [
