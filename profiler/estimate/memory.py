@@ -338,6 +338,9 @@ def _reader() -> str | None:
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         file = frame.f_code.co_filename
+        if frame.f_code.co_name == "__torch_function__":  # of a mode: it hands on what another asks for
+            frame = frame.f_back
+            continue
         if file.startswith(_TRAINERS):
             return None
         if not file.startswith(_MACHINERY):

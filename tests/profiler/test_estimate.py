@@ -175,6 +175,12 @@ def test_a_loss_may_be_printed_and_asked_whether_it_is_finite() -> None:
     assert careful.categories["optimizer_state"] == plain.categories["optimizer_state"]
 
 
+def test_the_place_that_reads_is_known_under_every_precision() -> None:
+    trial = Trial(functools.partial(Regression, lambda loss, batch: loss.item()))
+    (note,) = estimate(trial, "mpt-bf16-true", device="cpu").notes
+    assert note.startswith("Numbers read on the host (first at test_estimate.py:")
+
+
 @pytest.mark.parametrize(
     ("reads", "said"),
     [
