@@ -13,6 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from .collect.schedule import Schedule
@@ -32,6 +33,7 @@ _BACKWARD = ".backward"
 _CLIP = ".configure_gradient_clipping"
 _VALIDATION = ".on_validation_start"
 _END = ".on_train_end"
+_EPOCH = "run_training_epoch"
 
 
 class MemoryProfiler(Profiler):
@@ -55,7 +57,8 @@ class MemoryProfiler(Profiler):
             https://pytorch.org/memory_viz. On CPU nothing is written, and a note says so.
             Processes of a rank above 0 add `-RANK` to the names of both.
 
-    Where fit runs out of memory, what was live then is printed, kept as `out_of_memory_report`, and written beside the
+    Where fit ends in an exception after the recorded steps, Ctrl-C included, they are printed and written all the same.
+    Where it runs out of memory, what was live then is printed, kept as `out_of_memory_report`, and written beside the
     report, before the exception goes on.
 
     Raises:
@@ -148,6 +151,8 @@ class MemoryProfiler(Profiler):
         error = sys.exc_info()[1]
         if error is not None and error is not self._handled and not isinstance(error, StopIteration):
             self._fail(error)
+            if action_name == _EPOCH:
+                self._tell_before_the_end()
         elif self._schedule is None:
             return
         elif action_name == _BATCH:
@@ -170,6 +175,8 @@ class MemoryProfiler(Profiler):
         if not self._printed and self._stage == "fit":
             self._printed = True
             self._finish()
+            if self._report is None:
+                rank_zero_warn(f"There is no memory report: {self._why_none}.")
             rank, report = worst(self._report)  # first: the other processes wait for it
             if report is not None and self._trainer().is_global_zero:
                 if self._trainer().world_size > 1:
@@ -255,6 +262,16 @@ class MemoryProfiler(Profiler):
             self._why_none = f"a training step ended in {type(error)!r}, and the recording with it"
             if self.out_of_memory_report is not None:
                 self._why_none += "; what was live then is in `out_of_memory_report`"
+
+    def _tell_before_the_end(self) -> None:
+        """fit ends in an exception: print and write what was recorded before, alone, as other processes may be gone."""
+        if self._report is None or self._printed:
+            return
+        self._printed = True
+        if self._trainer().is_global_zero and not self._ran_out:  # the table of that moment was printed
+            self._report.print()
+        with suppress(OSError):
+            self._report.save(made_path(self._report_path()))
 
     def _abort(self) -> None:
         schedule, self._schedule = self._schedule, None

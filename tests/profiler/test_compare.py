@@ -133,7 +133,7 @@ def test_slow_steps_are_timed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert seconds is not None
 
 
-@pytest.mark.filterwarnings("ignore:Total length of:UserWarning")
+@pytest.mark.filterwarnings("ignore:Total length of:UserWarning", "ignore:There is no memory report:UserWarning")
 @pytest.mark.parametrize(("count", "batches"), [(0, "0 batches"), (4, "1 batch"), (12, "3 batches")])
 @pytest.mark.parametrize("name", ["Tiny", "Plateau"])
 def test_too_few_batches_are_an_error_that_counts_them(name: str, count: int, batches: str, tmp_path: Path) -> None:

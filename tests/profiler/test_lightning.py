@@ -172,6 +172,20 @@ def test_an_exception_switches_it_off(where: str, while_handling: bool, tmp_path
         _ = profiler.report
 
 
+@pytest.mark.parametrize("error", [RuntimeError("the step fails"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
+def test_what_was_recorded_is_told_where_fit_ends_in_an_exception(error: BaseException, tmp_path: Any, capsys) -> None:
+    class Late(Classifier):
+        def _fail(self, where: str, step: int) -> None:
+            if where == "training_step" and step == 6:
+                raise error
+
+    profiler = MemoryProfiler()
+    with pytest.raises((RuntimeError, SystemExit)):
+        fit(Late(), tmp_path, profiler)
+    assert capsys.readouterr().out.count("phase peaks") == 1
+    assert MemoryReport.load(tmp_path / "memory_report.json") == profiler.report
+
+
 def test_an_older_exception_being_handled_is_no_reason_to_stop(tmp_path: Any) -> None:
     try:
         raise KeyError("out of memory, say: try again, smaller")
@@ -214,7 +228,8 @@ def test_micro_batches_and_clipping(tmp_path: Any) -> None:
 
 def test_fewer_steps_than_asked_for_are_reported_if_any_counted(tmp_path: Any) -> None:
     assert fit(Classifier(), tmp_path, max_steps=4).profiler.report.steps == 2
-    built = fit(Classifier(), tmp_path, max_steps=2)
+    with pytest.warns(UserWarning, match="There is no memory report: fit ended after too few batches"):
+        built = fit(Classifier(), tmp_path, max_steps=2)
     with pytest.raises(RuntimeError, match="warmup_steps=2 and at least one more"):
         _ = built.profiler.report
 
