@@ -8,7 +8,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -98,7 +98,8 @@ class Trial:
                 stack.enter_context(_taken_for_real())
                 if has_lstm(module) and not device.lstms_by_onednn():
                     stack.enter_context(without_onednn())
-                self._fit(module, profiler, given, batch_size)
+                with suppress(_Enough):
+                    self._fit(module, profiler, given, batch_size)
         except NEEDS_VALUES as error:
             raise EstimateError(f"{_reason(error)}, which fake tensors cannot tell") from error
         recording = profiler.recording
@@ -117,7 +118,7 @@ class Trial:
         trainer = pl.Trainer(
             accelerator="cpu",
             strategy=_FakeStrategy(torch.device("cpu")),
-            max_steps=STEPS,
+            max_epochs=1,  # not so many steps, of which every optimizer makes one
             num_sanity_val_steps=0,
             limit_val_batches=0,
             logger=False,
@@ -125,7 +126,7 @@ class Trial:
             enable_progress_bar=False,
             enable_model_summary=False,
             profiler=profiler,
-            callbacks=[_Logger()],
+            callbacks=[_Watch(profiler)],
             **given,
         )
         if owner is None:
@@ -190,12 +191,24 @@ class _TrialProfiler(MemoryProfiler):
     def describe(self) -> None: ...
 
 
-class _Logger(pl.Callback):
-    """A module that writes to its logger finds one, that writes nothing."""
+class _Enough(Exception):
+    """Every batch that is wanted has been: the end of the epoch, with its schedules and metrics, is not."""
+
+
+class _Watch(pl.Callback):
+    """Ends training when the recording is there. A module that writes to its logger finds one, that writes nothing."""
+
+    def __init__(self, profiler: _TrialProfiler) -> None:
+        self._profiler = profiler
 
     @override
     def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
         trainer.loggers = [DummyLogger()]
+
+    @override
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self._profiler.recording is not None:
+            raise _Enough
 
 
 class _FakeStrategy(SingleDeviceStrategy):

@@ -100,6 +100,34 @@ def redrawn(weight: Tensor) -> None:
             pass
 
 
+def test_several_optimizers_that_step_in_each_batch_are_all_there() -> None:
+    class Twice(Regression):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            for optimizer in self.optimizers():
+                self.manual_backward(super().training_step(batch, batch_idx))
+                optimizer.step()
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.AdamW(self.parameters()), torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)]
+
+    one, two = (estimate(Trial(kind), "32-true", device="cpu").categories for kind in (Regression, Twice))
+    assert two["optimizer_state"] == one["optimizer_state"] + one["weights"]
+
+
+def test_the_end_of_an_epoch_is_not_waited_for() -> None:
+    class Plateau(Regression):
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss"}}
+
+    assert estimate(Trial(Plateau), "32-true", device="cpu").steps == 1
+
+
 def test_weights_drawn_from_a_truncated_normal_are_drawn_once() -> None:
     """torch draws those beyond the bounds again, and of fake ones it cannot tell that none is left."""
     plain, drawn = (estimate(Trial(make), "32-true") for make in (Regression, lambda: Drawn(nn.init.trunc_normal_)))
