@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from .category import Category
-from .figures import AllocatorHealth, Duplicate, ModuleForward, PhasePeak, TensorUse, TimelinePoint
+from .figures import AllocatorHealth, Duplicate, Growth, ModuleForward, PhasePeak, TensorUse, TimelinePoint
 from .recorder import MemoryRecorder
 from .report import Comparison, MemoryReport
 
@@ -15,6 +15,7 @@ __all__ = [
     "Category",
     "Comparison",
     "Duplicate",
+    "Growth",
     "MemoryProfiler",
     "MemoryRecorder",
     "MemoryReport",

@@ -63,6 +63,19 @@ class ModuleForward:
 
 
 @dataclass(frozen=True)
+class Growth:
+    """What is live at the end of a step was more after each of the counted steps than after the one before.
+
+    `step_bytes` is by how much at least. `categories` and `modules` say what there is at the end of the last step that
+    the steps before it made: activations, inputs, and what has no owner, which all belong to one step.
+    """
+
+    step_bytes: int
+    categories: Mapping[Category, int]
+    modules: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class AllocatorHealth:
     """How well the CUDA caching allocator used what it holds. All in bytes, at the end of the counted steps.
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from .category import Category
 from .decode import decode
-from .figures import AllocatorHealth, Duplicate, ModuleForward, PhasePeak, TensorUse, TimelinePoint
+from .figures import AllocatorHealth, Duplicate, Growth, ModuleForward, PhasePeak, TensorUse, TimelinePoint
+from .growth import growth_of
 from .ledger import Ledger, replay
 from .recording import TRACE, Recording, read_versioned
 
@@ -45,6 +46,7 @@ class MemoryReport:
         health: how well the caching allocator used what it holds; None on CPU.
         failed_request_bytes: where memory ran out, how much was asked for and not there; the peak is that moment. None
             of whole steps, and where the size is not known.
+        growth: by how much memory grew from step to step, where it did; seen in three counted steps or more.
         notes: what a reader must know to trust the figures: a bound that was reached, modules that could not be told
             apart. One sentence each.
     """
@@ -65,6 +67,7 @@ class MemoryReport:
     optimizers: tuple[str, ...] = ()
     health: AllocatorHealth | None = None
     failed_request_bytes: int | None = None
+    growth: Growth | None = None
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -96,6 +99,7 @@ class MemoryReport:
             activation_dtypes=_activation_dtypes(ledger),
             optimizers=tuple(recording.optimizers),
             health=recording.health,
+            growth=growth_of(ledger.blocks, recording.windows),
             notes=tuple(recording.notes),
         )
 
@@ -138,6 +142,7 @@ class MemoryReport:
             "optimizers": list(self.optimizers),
             "failed_request_bytes": self.failed_request_bytes,
             "health": None if self.health is None else asdict(self.health),
+            "growth": None if self.growth is None else _growth(self.growth),
             "notes": list(self.notes),
         }
 
@@ -229,6 +234,10 @@ def _largest(ledger: Ledger) -> tuple[TensorUse, ...]:
         )
         for block in blocks
     )
+
+
+def _growth(growth: Growth) -> dict[str, Any]:
+    return {**vars(growth), "categories": _keys(growth.categories)}
 
 
 def _keys(categories: Mapping[Category, int]) -> dict[str, int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..category import Category
 from ..report import MemoryReport
-from .changes import Option, Phases, held_by_the_loop, named, options_for, phases_of, smaller_batch
+from .changes import Option, Phases, held_by_the_loop, named, options_for, phases_of, smaller_batch, what_grows
 from .timeline import last_phase
 from .tree import module_tree
 from .words import format_bytes, format_share, in_words, spoken
@@ -34,8 +34,9 @@ def advise(report: MemoryReport) -> tuple[Advice, ...]:
             three formats would be one idea.
 
     Returns:
-        First what holds the peak; then what to do, most helpful first: the largest saving, where what costs neither
-        time nor exactness counts a little more. The savings are each alone, not one after another.
+        First what holds the peak, and that memory grows where it does; then what to do, most helpful first: the largest
+        saving, where what costs neither time nor exactness counts a little more. The savings are each alone, not one
+        after another.
     """
     failed_bytes = report.failed_request_bytes
     before = phases_of(report) if failed_bytes is None else _moment(report)
@@ -57,6 +58,8 @@ def advise(report: MemoryReport) -> tuple[Advice, ...]:
         weighed.sort(key=lambda item: (0, item[0].cost, -item[1]) if item[1] >= fits else (1, 0, -item[1]))
         weighed = _one_of_each_first(weighed)
     lines = [Advice(_what_holds(report, before), None)]
+    if (grows := what_grows(report)) is not None:
+        lines.append(Advice(grows, None))
     for option, saved in weighed:
         after_bytes, phase = _highest(option.change(before))
         left = f"{format_bytes(after_bytes)} would be in use"

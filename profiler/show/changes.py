@@ -14,7 +14,7 @@ from ..category import Category
 from ..ledger import FORWARD
 from ..report import MemoryReport
 from .tree import Node, module_tree, subtree_bytes
-from .words import format_bytes
+from .words import format_bytes, in_words
 
 _HALF_BYTES = 2
 _RELEASE = (
@@ -260,6 +260,20 @@ def held_by_the_loop(report: MemoryReport) -> tuple[int, str]:
         if tensor.category is Category.UNATTRIBUTED and tensor.phase == FORWARD:
             held[tensor.module or ""] = held.get(tensor.module or "", 0) + tensor.bytes
     return sum(held.values()), _most(report, held) if held else ""
+
+
+def what_grows(report: MemoryReport) -> str | None:
+    """That memory grows from step to step, by what, and what may be the reason; None where it does not."""
+    growth = report.growth
+    if growth is None:
+        return None
+    category = max(growth.categories, key=lambda category: growth.categories[category])
+    place = f" from {_most(report, growth.modules)}" if growth.modules else ""
+    return (
+        f"Memory grew by {format_bytes(growth.step_bytes)} in every step, most of it {in_words(category)}{place}: if "
+        "that goes on it runs out, whatever the batch. Look for what keeps what earlier steps made: a loss that is "
+        "added up or listed with its graph (.item() or .detach() lets go of that), outputs or batches in a list."
+    )
 
 
 def _holding(report: MemoryReport) -> list[Option]:
