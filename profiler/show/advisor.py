@@ -156,7 +156,7 @@ def _what_holds(report: MemoryReport, before: Phases) -> str:
     if unattributed >= LEAST_SHARE * peak_bytes:
         held_bytes, place = held_by_the_loop(report)
         text += f" Unattributed, {format_share(unattributed, peak_bytes)}, has no owner that could be seen"
-        if held_bytes:
+        if held_bytes >= LEAST_SHARE * peak_bytes:
             text += (
                 f": {format_bytes(held_bytes)} of it were born in forward, most in {place}, and are kept by something "
                 "other than autograd, as a variable of the loop keeps an output"

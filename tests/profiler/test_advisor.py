@@ -20,6 +20,7 @@ from lightning_mpt.profiler import (
     MemoryRecorder,
     MemoryReport,
     ModuleForward,
+    TensorUse,
     TimelinePoint,
 )
 from lightning_mpt.profiler.recording import Recording
@@ -279,6 +280,12 @@ def test_outputs_that_the_loop_holds_are_told_of(kept: bool) -> None:
         assert report.categories[Category.UNATTRIBUTED] < 0.01 * report.peak_bytes
         assert "nattributed" not in said(report)
         assert "Look for what keeps" not in said(report)
+
+
+def test_a_scalar_that_the_loop_holds_is_not_what_explains_much_that_has_no_owner() -> None:
+    scalar = TensorUse(12, Category.UNATTRIBUTED, "net", None, None, "forward")
+    report = dataclasses.replace(transformer(12), phases={}, categories={Category.UNATTRIBUTED: MIB}, tensors=(scalar,))
+    assert advise(report)[0].text.endswith("Unattributed, 100.0%, has no owner that could be seen.")
 
 
 def test_nothing_that_saves_less_than_a_hundredth_is_said() -> None:
