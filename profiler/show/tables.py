@@ -109,7 +109,10 @@ def module_table(report: MemoryReport, rows: int) -> RenderableType | None:
         return None
 
     def make(width: int) -> Table:
-        groups = _COLUMNS if width >= WIDE else _NARROW_COLUMNS
+        table = table_of(_COLUMNS)
+        return table if _width(table) <= width else table_of(_NARROW_COLUMNS)
+
+    def table_of(groups: dict[str, tuple[Category, ...]]) -> Table:
         table = new_table("modules", *groups, "total")
         for depth, node in nodes:
             total = node.total
@@ -118,6 +121,11 @@ def module_table(report: MemoryReport, rows: int) -> RenderableType | None:
         return table
 
     return ByWidth(make)
+
+
+def _width(table: Table) -> int:
+    """That in which no cell is broken."""
+    return Console(width=1000).measure(table).maximum
 
 
 def _label(depth: int, node: Node) -> Text:

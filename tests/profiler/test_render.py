@@ -114,6 +114,14 @@ def test_modules_show_what_they_hold_in_columns() -> None:
     assert line.split() == ["net.h.*", "x12", "480.00", "MiB", "12.00", "MiB", "24.00", "MiB", "516.00", "MiB"]
 
 
+@pytest.mark.parametrize(("width", "columns"), [(100, 3), (200, 5)])
+def test_names_of_modules_are_broken_only_where_fewer_columns_do_not_help(width: int, columns: int) -> None:
+    path = "vision_model.patch_embeddings.projection"
+    report = dataclasses.replace(transformer(), modules={path: dict.fromkeys(Category, 100 * MIB)})
+    (line,) = [line for line in printed(report, width) if line.startswith(path)]
+    assert line.count("MiB") == columns
+
+
 @pytest.mark.parametrize("width", [60, 200])
 @pytest.mark.parametrize("full", [False, True])
 def test_names_are_shown_as_they_are_and_command_no_terminal(width: int, full: bool) -> None:
