@@ -6,16 +6,19 @@ Lightning tears nothing down.
 """
 
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
+from .category import Category
 from .collect.schedule import Schedule
 from .collect.session import Session
 from .collect.sources import MAX_EVENTS, Source
@@ -200,7 +203,7 @@ class MemoryProfiler(Profiler):
         return Session(
             trainer.lightning_module,
             trainer.optimizers,
-            witnesses=[trainer.precision_plugin],
+            witnesses=[trainer.precision_plugin, _Copies(trainer)],
             device=trainer.strategy.root_device,
             max_events=self.max_events,
             find_duplicates=find_duplicates,
@@ -312,3 +315,17 @@ class _BatchWitness(pl.Callback):
         schedule = self._profiler._schedule
         if schedule is not None and schedule.session is not None:
             schedule.session.claim_inputs(batch)
+
+
+class _Copies:
+    """Knows the modules that callbacks keep beside the one that is trained: an average of its weights, say."""
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self._callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+
+    def memory_categories(self) -> Iterator[tuple[Category, torch.Tensor, None]]:
+        for callback in self._callbacks:
+            for module in vars(callback).values():
+                if isinstance(module, torch.nn.Module):  # what is also the trained one's stays its weights
+                    for tensor in (*module.parameters(), *module.buffers()):
+                        yield Category.BUFFERS, tensor, None

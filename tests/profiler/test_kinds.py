@@ -123,6 +123,13 @@ def test_a_trainer(kind: str, tmp_path: Any) -> None:
     assert report.steps == 4
 
 
+def test_averaged_weights_that_a_callback_keeps_have_a_name(tmp_path: Any) -> None:
+    average = L.pytorch.callbacks.EMAWeightAveraging()
+    report = fit(Classifier(), tmp_path, callbacks=[average]).profiler.report
+    assert report.categories[Category.BUFFERS] == 4 * report.parameters + 8  # and how many were averaged
+    assert report.categories[Category.WEIGHTS] == 4 * report.parameters
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_fabric(precision: Any) -> None:
     def train(recorded: bool) -> tuple[list[float], MemoryReport | None]:
