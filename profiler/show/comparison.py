@@ -14,7 +14,7 @@ from .render import format_bytes
 _COLUMN = 13
 """Columns of text that a precision takes: its figure, the space on both sides, a line."""
 _LABELS = 20
-"""And those of the categories' names, with the table's outer lines."""
+"""And those of the categories' names, with the table's outer lines: five more than the longest of them."""
 
 
 More = Mapping[str, Mapping[str, int | str | None]]
@@ -40,11 +40,12 @@ def render_rows(
     """The comparison for `width` columns: tables of as many precisions as fit, why others failed, and the claims."""
     parts: list[RenderableType] = [Text(title, style="bold")]
     base = base_of(rows)
-    each = max(1, (width - _LABELS) // _COLUMN)
+    labels = max([_LABELS, *(len(label) + 5 for label in more or {})])
+    each = max(1, (width - labels) // _COLUMN)
     tables = -(-len(rows) // each)
     each = -(-len(rows) // tables) if tables else each  # as many in the first as in the last
     categories = [c for c in Category if any(r.report is not None and r.report.categories.get(c) for r in rows)]
-    narrow = width < _LABELS + len(rows) * 25
+    narrow = width < labels + len(rows) * 25
     parts += [_table(rows[at : at + each], categories, base, narrow, more or {}) for at in range(0, len(rows), each)]
     for row in rows:
         if row.error:

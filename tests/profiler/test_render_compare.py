@@ -49,6 +49,15 @@ def test_there_are_as_few_tables_as_the_width_allows() -> None:
     assert [sum(line.startswith("┏") for line in shown(width)) for width in (40, 60, 100, 200)] == [5, 2, 1, 1]
 
 
+@pytest.mark.parametrize("width", [60, 80])
+def test_further_lines_take_room_from_the_precisions(width: int) -> None:
+    out = io.StringIO()
+    more = {"largest batch in 24MiB": dict.fromkeys((row.precision for row in ROWS), "16")}
+    print_rows(ROWS, "a:Model", Console(file=out, width=width, color_system=None), more=more)
+    assert "…" not in out.getvalue()
+    assert all(line.endswith("│") for line in out.getvalue().splitlines() if line.startswith("│"))
+
+
 def test_a_wide_table_has_each_name_on_one_line() -> None:
     (heading,) = [line for line in shown(200) if "category" in line]
     assert all(row.precision in heading for row in ROWS)
