@@ -8,7 +8,7 @@ What a kernel allocates and frees within itself is not seen, since no kernel run
 things that fakes would distort are put right:
 
 - autograd adds up gradients in place where no one else holds them, but not while a dispatch mode is on. A sum that the
-  engine makes, one operand of which dies at once, is that operand's block.
+  engine makes, one operand of which dies at once, is that operand's block; but not where the first one is a view.
 - a number that is read on the host (`.item()`) is known for a constant only. A floating one is taken for 1, a boolean
   for true, and noted: such numbers are logged, or tell whether all is finite. Whether something is NaN or infinite is
   known: nothing is. Whole numbers are sizes and indices, and guessing one could change the network: this is refused.
@@ -136,7 +136,7 @@ class FakeMemory(TorchDispatchMode):
             scratch = _Fake(self._new_address(), scratch_bytes, None)
             self._tell(scratch)
         result = self._amend(func, args, func(*args, **(kwargs or {})))
-        if func is aten.add.Tensor and in_backward() and not torch.is_grad_enabled() and _called_by_engine():
+        if func is aten.add.Tensor and _may_be_in_place(args[0]):
             self._summed(result, args[:2])
             return result
         if func in _NOT_FINITE:
@@ -325,9 +325,16 @@ def _make_constant(tensor: FakeTensor, value: bool) -> None:
     tensor.fake_mode.fake_tensor_converter.add_constant_storage_mapping(tensor)
 
 
+def _may_be_in_place(summand: Any) -> bool:
+    """Whether the autograd engine adds gradients up, the first of which is no view: of a view there is a base as well,
+    so that its memory is someone else's too. The gradient of a linear layer's weight is one: a product, transposed."""
+    summed = in_backward() and not torch.is_grad_enabled() and _called_by_engine()
+    return summed and isinstance(summand, torch.Tensor) and not summand._is_view()
+
+
 def _called_by_engine() -> bool:
     """Whether no Python code lies between the autograd engine and the dispatch of this operation."""
-    frame: FrameType | None = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(3)
     while frame is not None and frame.f_code.co_filename in _WRAPPERS:
         frame = frame.f_back
     return frame is not None and frame.f_code.co_name == "_engine_run_backward"

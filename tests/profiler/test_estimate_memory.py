@@ -1,8 +1,9 @@
 """Memory that is not there: which storages are told of, from when to when, and which numbers are known."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -96,18 +97,31 @@ def sums_of_gradients(hold: bool) -> None:
     (branches[0] + branches[1] + branches[2]).square().sum().backward()
 
 
-@pytest.mark.parametrize("hold", [False, True], ids=["let-go", "held"])
-def test_the_engine_adds_gradients_up_where_it_does_on_real_tensors(hold: bool) -> None:
+def sums_of_views() -> None:
+    """The weight's gradient is a sum of three products, each transposed."""
+    weight = torch.empty(256, 256, requires_grad=True)
+    x = torch.empty(4, 256)
+    for _ in range(3):
+        x = torch.nn.functional.linear(x, weight)
+    x.square().sum().backward()
+
+
+@pytest.mark.parametrize(
+    "sums",
+    [partial(sums_of_gradients, False), partial(sums_of_gradients, True), sums_of_views],
+    ids=["let-go", "held", "views"],
+)
+def test_the_engine_adds_gradients_up_where_it_does_on_real_tensors(sums: Callable[[], None]) -> None:
     """In place where no one else holds them, else beside them: the peak is that of the allocator's events."""
-    sums_of_gradients(hold)  # what is made once is made
+    sums()  # what is made once is made
     source = CPUSource()
     source.start()
-    sums_of_gradients(hold)
+    sums()
     _, measured = source.stop()
     memory = FakeMemory()
     with FakeTensorMode(), memory:
         memory.start()
-        sums_of_gradients(hold)
+        sums()
         _, imagined = memory.stop()
     scalars = 64
     assert highest(imagined) == pytest.approx(highest(measured), abs=scalars)
