@@ -159,7 +159,7 @@ def _what_holds(report: MemoryReport, before: Phases) -> str:
         if held_bytes >= LEAST_SHARE * peak_bytes:
             text += (
                 f": {format_bytes(held_bytes)} of it were born in forward, most in {place}, and are kept by something "
-                "other than autograd, as a variable of the loop keeps an output"
+                "other than autograd: a variable of the loop, an attribute of a module"
             )
         text += "."
     return text

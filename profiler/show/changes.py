@@ -289,7 +289,8 @@ def _holding(report: MemoryReport) -> list[Option]:
 
     text = (
         f"Look for what keeps {format_bytes(held_bytes)} through backward, most of it from {place}, that autograd does "
-        "not need: an output in a variable, say, or in the dictionary that training_step returns. Let go of it before."
+        "not need: an output in a variable or in the dictionary that training_step returns, or what a module keeps in "
+        "an attribute, as a cache. Let go of it before."
     )
     return [Option(text, change, 0, "holding")]
 
