@@ -166,7 +166,7 @@ def _formats(report: MemoryReport) -> list[Option]:
     for form in _FORMATS:
         if not form.gradients_kept and not may_release:
             continue
-        name = f"MasterWeightPrecision({_arguments(weight_bytes, form)})"
+        name = f"MasterWeightPrecision({_arguments(report, bool(most[Category.MASTER_WEIGHTS]), form)})"
         half = "half precision with " if weight_bytes == 4 and form.cost == 0 else ""
         per_parameter = _HALF_BYTES * (1 + form.gradients_kept) + form.master_bytes + form.moment_bytes
         text = f"{name}: {half}{form.price}; {per_parameter:.3g} bytes per trained parameter, now {now:.3g}."
@@ -176,10 +176,12 @@ def _formats(report: MemoryReport) -> list[Option]:
     return options
 
 
-def _arguments(weight_bytes: int, form: _Format) -> str:
-    if weight_bytes == 4:  # a new plugin, and `split` is its default
-        return '"bf16-true"' if form.cost == 0 else f'"bf16-true", {form.arguments}'
-    return f"..., {form.arguments}"
+def _arguments(report: MemoryReport, has_masters: bool, form: _Format) -> str:
+    if has_masters:
+        return f"..., {form.arguments}"
+    # A new plugin, of which `split` is the default.
+    precision = "16-true" if any("float16" in own for own in report.activation_dtypes.values()) else "bf16-true"
+    return f'"{precision}"' if form.cost == 0 else f'"{precision}", {form.arguments}'
 
 
 def _stored(form: _Format, trained: int, weight_bytes: int, fp32_share: float) -> Change:

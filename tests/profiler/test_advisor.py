@@ -209,6 +209,20 @@ def test_formats_are_measured_by_what_is_kept_now() -> None:
     assert compact.saves_bytes == report.parameters * (14 - 7.0625)
 
 
+@pytest.mark.parametrize(("dtype", "precision"), [("bfloat16", "bf16-true"), ("float16", "16-true")])
+def test_half_weights_without_masters_are_advised_a_plugin_that_they_do_not_have_yet(
+    dtype: str, precision: str
+) -> None:
+    half = transformer(12, weight_bytes=2, activations=MIB // 10)
+    phases = {
+        name: dataclasses.replace(phase, categories={**phase.categories, Category.MASTER_WEIGHTS: 0})
+        for name, phase in half.phases.items()
+    }
+    report = dataclasses.replace(half, phases=phases, activation_dtypes={"net": {dtype: MIB}})
+    text = find(advise(report), "8-bit moments;").text
+    assert text.startswith(f'MasterWeightPrecision("{precision}", master_weights="split8", optimizer_state="8bit"):')
+
+
 def test_frozen_weights_get_no_masters() -> None:
     report = transformer(12, activations=MIB // 10)
     tenth = report.parameters // 10
