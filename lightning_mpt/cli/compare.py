@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from typing import Any
 
 import torch
@@ -44,7 +45,8 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--steps {options.steps}: at least 1 step is counted")
     if not options.timeout > 0:
         raise ValueError(f"--timeout {options.timeout:g}: give a number of seconds above 0")
-    target.check()
+    with redirect_stdout(sys.stderr):  # what a network's file prints is no part of the answer
+        target.check()
     if options.save is not None:
         options.save.mkdir(parents=True, exist_ok=True)
 

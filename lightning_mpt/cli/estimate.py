@@ -3,7 +3,9 @@
 import argparse
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from functools import partial
 from typing import Any
 
@@ -46,17 +48,19 @@ def run(options: argparse.Namespace) -> int:
     for name in ("batch_size", "ranks"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: give a whole number of at least 1")
-    target.check()
+    with redirect_stdout(sys.stderr):  # what a network prints is no part of the answer
+        target.check()
+        trial = Trial(target.build_model, target.build_data())
     if options.save is not None:
         options.save.mkdir(parents=True, exist_ok=True)
 
-    trial = Trial(target.build_model, target.build_data())
     ask = partial(estimate, trial, device=options.device, settings=target.trainer_settings())
     rows: list[Row] = []
     batches: dict[str, int | None] = {}
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with redirect_stdout(sys.stderr), bar as progress:
         for number, precision in enumerate(precisions, 1):
             name = f"{precision} ({number} of {len(precisions)})"
             task = progress.add_task(name)

@@ -40,6 +40,19 @@ def test_the_first_that_worked_is_the_base() -> None:
     )
 
 
+def test_what_a_network_s_file_prints_is_no_part_of_the_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "run_job", lambda job, *_, **__: Row(job.precision, OK, report(weights=1)))
+    file = tmp_path / "talks.py"
+    file.write_text("import lightning as L\nprint('imported')\nclass Talks(L.LightningModule): ...\n")
+    arguments = ["--model", f"{file}:Talks", "--precision", "32-true", "--accelerator", "cpu", "--json"]
+    assert main(["compare", *arguments]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)[0]["status"] == OK
+    assert "imported" in printed.err
+
+
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str, Path]:
     """A real comparison of two precisions: exit code, JSON and reports."""

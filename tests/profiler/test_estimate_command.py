@@ -39,6 +39,23 @@ def test_rows_have_what_those_of_compare_have_and_the_further_answers(
     assert {forward.time_ns for forward in saved.forwards.values()} == {0}
 
 
+def test_what_a_network_prints_is_no_part_of_the_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "talks.py"
+    file.write_text(
+        "import runpy\n"
+        f"WithData = runpy.run_path({HERE!r})['WithData']\n"
+        "print('imported')\n"
+        "class Talks(WithData):\n"
+        "    def training_step(self, batch, batch_idx):\n"
+        "        print('training')\n"
+        "        return super().training_step(batch, batch_idx)\n"
+    )
+    assert main(["estimate", "--model", f"{file}:Talks", "--precision", "32-true", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)[0]["status"] == "ok"
+    assert printed.err.index("imported") < printed.err.index("training")
+
+
 def test_ddp_cannot_be_where_gradients_are_released(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", *MODEL, "--precision", "mpt-bf16-true:minimal", "--ranks", "4", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
