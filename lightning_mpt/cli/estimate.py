@@ -32,11 +32,15 @@ def declare(parser: CommandParser) -> None:
     add_target(parser)
     add_precisions(parser, ", ".join(FOR["cuda"]))
     parser.add_argument(
-        "--device", choices=tuple(FOR), default="cuda", help="whose kernels and allocator to imagine (default: cuda)"
-    )
+        "--device", "--accelerator", type=lambda name: "cuda" if name == "auto" else name, choices=tuple(FOR),
+        default="cuda", help="whose kernels and allocator to imagine (default: cuda)",
+    )  # fmt: skip
     parser.add_argument("--batch-size", type=int, metavar="N", help="cut or repeat the batch to N samples")
     parser.add_argument("--memory", metavar="SIZE", help="say the largest batch that fits: 24GiB, 80GB")
     parser.add_argument("--ranks", type=int, metavar="N", help="say what each of N ranks needs under DDP and FSDP2")
+    compared = parser.add_argument_group("of lightning-mpt compare, whose call this is; they change no estimate")
+    for name in ("--steps", "--seed", "--timeout"):
+        compared.add_argument(name, type=float, metavar="N")
     add_output(parser)
 
 

@@ -39,6 +39,20 @@ def test_rows_have_what_those_of_compare_have_and_the_further_answers(
     assert {forward.time_ns for forward in saved.forwards.values()} == {0}
 
 
+def test_the_call_is_that_of_compare(capsys: pytest.CaptureFixture[str]) -> None:
+    """What only a run needs is taken, and changes nothing."""
+    printed = []
+    for call in ([], ["--steps", "5", "--seed", "1", "--timeout", "60"]):
+        assert main(["estimate", *MODEL, "--precision", "32-true", "--accelerator", "cpu", *call, "--json"]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    peaks = []
+    for device in ("auto", "cuda"):
+        assert main(["estimate", *MODEL, "--precision", "32-true", "--accelerator", device, "--json"]) == 0
+        peaks.append(json.loads(capsys.readouterr().out)[0]["peak_bytes"])
+    assert peaks[0] == peaks[1] != json.loads(printed[0])[0]["peak_bytes"]
+
+
 def test_what_a_network_prints_is_no_part_of_the_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "talks.py"
     file.write_text(
