@@ -269,6 +269,9 @@ class MasterWeightPipeline:
             released: where gradients are gone by now, what was found of each.
             kwargs: of the optimizer's `step`.
         """
+        if next(optimizer.parameters(), None) is None:  # nothing to look at: `configure_optimizers` returned None
+            optimizer.step(**kwargs)
+            return
         by_norm = clip is not None and clip.by_norm
         if scan is None and clip is not None:
             scan = clip.scan

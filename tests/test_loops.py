@@ -225,6 +225,13 @@ def test_a_part_of_the_loop_trains_as_in_fp32(precision: Any, options: dict[str,
     assert runs[1][2] == pytest.approx(runs[0][2], rel=CLOSE[precision])
 
 
+def test_a_module_with_no_optimizer_sees_every_batch() -> None:
+    module = Classifier(mlp(width=16), lambda module: None)
+    with pytest.warns(UserWarning, match="this fit will run with no optimizer"):
+        ours = fit(module, classification(3), MasterWeightPrecision("16-true"), gradient_clip_val=1.0)
+    assert (len(module.losses), ours.global_step) == (3, 3)
+
+
 class GradientsInForward(Classifier):
     """Notes whether the last step's gradients are there at the end of forward."""
 
