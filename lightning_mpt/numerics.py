@@ -4,7 +4,8 @@ Products are half, sums are FP32 (Micikevicius et al., arXiv 1710.03740, section
 take half and return half, and compute in FP32 in between: torch does so by itself. Matrix products add up in FP32
 unless a global switch lets them do otherwise. And losses, sums over a whole batch that no later rounding should touch,
 would be computed in the type of the logits: they are given FP32 ones. Linear algebra, as orthogonal weights and flows
-have it, has no half kernels, and a matrix exponential in half is NaN on a CPU: it is given FP32 too.
+have it, has no half kernels, and a matrix exponential in half is NaN on a CPU: it is given FP32 too. So are distances,
+quantiles and Fourier transforms, which have half kernels on some devices and for some shapes.
 """
 
 import math
@@ -63,9 +64,20 @@ DETERMINANTS = _named("det logdet slogdet cond")
 FACTORIZATIONS = _named(
     "cholesky cholesky_ex cholesky_inverse cholesky_solve eig eigh eigvals eigvalsh geqrf householder_product inv "
     "inv_ex inverse ldl_factor ldl_factor_ex ldl_solve lstsq lu lu_factor lu_factor_ex lu_solve matrix_exp matrix_rank "
-    "orgqr ormqr pinv pinverse qr solve solve_ex solve_triangular svd svdvals tensorinv tensorsolve triangular_solve"
+    "orgqr ormqr pca_lowrank pinv pinverse qr solve solve_ex solve_triangular svd svd_lowrank svdvals tensorinv "
+    "tensorsolve triangular_solve"
 )
 """Matrices, which go on in half."""
+
+FOURIER = frozenset(
+    getattr(torch.fft, direction + way)
+    for direction in ("", "i")
+    for way in ("fft", "fft2", "fftn", "rfft", "rfft2", "rfftn", "hfft", "hfft2", "hfftn")
+) | _named("stft istft")
+"""Complex numbers of FP32 parts, or what such give."""
+
+THROUGH_FP32 = FACTORIZATIONS | FOURIER | _named("cdist pdist quantile nanquantile histc")
+"""What is computed in FP32 where it is given half, and goes on in half."""
 
 FILLS = _named(
     "masked_fill masked_fill_ fill_ full full_like new_full index_fill index_fill_ clamp clamp_ clamp_min clamp_min_ "
@@ -73,7 +85,7 @@ FILLS = _named(
 )
 """What writes a number of the caller's into a tensor, and ends in an error where float16 does not reach so far."""
 
-SERVED = LOSSES | DETERMINANTS | FACTORIZATIONS | FILLS
+SERVED = LOSSES | DETERMINANTS | THROUGH_FP32 | FILLS
 
 CASTS = frozenset({Tensor.float, Tensor.to, Tensor.type})
 """How callers bring logits to FP32 themselves."""
@@ -82,7 +94,7 @@ REDUCED_PRECISION_SWITCHES = ("allow_fp16_reduced_precision_reduction", "allow_b
 
 
 class FP32Functions(TorchFunctionMode):
-    """Within it, the losses of `torch.nn.functional` and linear algebra compute in FP32 where they are given half.
+    """Within it, losses, linear algebra, distances and Fourier transforms compute in FP32 where they are given half.
 
     Cross entropy over many classes is computed in FP32 without an FP32 copy of all logits (`cross_entropy.py`), also
     where the caller brings them to FP32: that copy waits until something needs it (`upcast.py`). A number that float16
@@ -112,7 +124,7 @@ class FP32Functions(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _served(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if func in FACTORIZATIONS:
+        if func in THROUGH_FP32:
             return _through_fp32(func, args, kwargs)
         if func in FILLS:
             return _saturated(func, args, kwargs)

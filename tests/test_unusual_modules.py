@@ -134,6 +134,18 @@ class Volume(nn.Module):
         return logits + torch.arange(4) * volume
 
 
+class Spectrum(nn.Module):
+    """The likeness of a spectrum to one of each class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.classes = nn.Linear(16, 32), nn.Parameter(torch.randn(4, 17))
+
+    def forward(self, x: Tensor) -> Tensor:
+        spectrum = torch.fft.rfft(self.embed(x), norm="ortho").abs().to(x.dtype)
+        return torch.cat([-torch.cdist(part, self.classes) for part in spectrum.split(8)])
+
+
 def layers(wrap: Callable[[nn.Linear], nn.Module]) -> nn.Module:
     return nn.Sequential(nn.Linear(16, 32), nn.Tanh(), wrap(nn.Linear(32, 32)), nn.Tanh(), nn.Linear(32, 4))
 
@@ -152,6 +164,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "bags": Bags,
     "lists": Lists,
     "volume": Volume,
+    "spectrum": Spectrum,
 }
 
 
@@ -177,8 +190,14 @@ def test_a_module_trains_as_in_fp32(name: str, precision: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALVES.values(), ids=str)
-@pytest.mark.parametrize("function", [torch.matrix_exp, torch.linalg.inv, Tensor.inverse, torch.linalg.qr, torch.svd])
-def test_linear_algebra_is_computed_in_fp32(function: Any, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "function",
+    [
+        *(torch.matrix_exp, torch.linalg.inv, Tensor.inverse, torch.linalg.qr, torch.svd),
+        *(torch.fft.rfft2, torch.fft.hfft, lambda x: torch.cdist(x, x[1:]), F.pdist, lambda x: x.quantile(0.3, dim=0)),
+    ],
+)
+def test_what_half_has_no_kernels_for_is_computed_in_fp32(function: Any, dtype: torch.dtype) -> None:
     matrix = (torch.eye(4) + torch.arange(16.0).view(4, 4) / 32).to(dtype)
     expected, plugin = function(matrix.float()), MasterWeightPrecision("bf16-true")
     with plugin.forward_context():
@@ -186,7 +205,7 @@ def test_linear_algebra_is_computed_in_fp32(function: Any, dtype: torch.dtype) -
     for ours, fp32 in zip(
         *(result if isinstance(result, tuple) else (result,) for result in (found, expected)), strict=True
     ):
-        assert torch.equal(ours, fp32.to(dtype))
+        assert torch.equal(ours, fp32 if fp32.is_complex() else fp32.to(dtype))
 
 
 @pytest.mark.parametrize("precision", HALVES)
