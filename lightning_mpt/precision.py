@@ -150,12 +150,7 @@ class MasterWeightPrecision(MasterWeightPipeline, Precision):
         parameter = next(iter(converted.module.parameters()), None)
         self._train_on(torch.device("cpu") if parameter is None else parameter.device)
         self._join(model)
-        for optimizer in optimizers:
-            refuse_unfit(optimizer)
-        for optimizer in optimizers:
-            self._adopt(optimizer)
-        if optimizers and self._gradient_release:
-            self._release = self._released(converted.module)
+        self._take(optimizers)
         if optimizers:
             self._watch_over(converted.module)
         self._attach(converted.module, lr_schedulers)
@@ -173,6 +168,21 @@ class MasterWeightPrecision(MasterWeightPipeline, Precision):
             if trainer is not None:
                 trainer.callbacks[:] = [one for one in trainer.callbacks if one not in (self._reloads, self._metrics)]
         self._let_go()
+
+    def _take(self, optimizers: list[Optimizer]) -> None:
+        """From now on these optimizers, and no others, step the module's masters."""
+        (converted,) = self._converted
+        for optimizer in optimizers:
+            refuse_unfit(optimizer)
+        for gone in [one for one in self._adopted if one not in optimizers]:
+            self._adopted.remove(gone)
+            gone.release()
+        for optimizer in optimizers:
+            if optimizer not in self._adopted:
+                self._adopt(optimizer)
+        if self._release is not None:
+            self._release.remove()
+        self._release = self._released(converted.module) if optimizers and self._gradient_release else None
 
     def _released(self, module: nn.Module) -> GradientRelease:
         if self._replicas or any_sharded(list(module.parameters())):
@@ -205,6 +215,10 @@ class MasterWeightPrecision(MasterWeightPipeline, Precision):
             if not module.trainer.barebones:  # nothing is logged there
                 callbacks.append(self._metrics)
         self._old_gradients_wanted = _wants_old_gradients(module, callbacks)
+        self._hold(module, lr_schedulers)
+
+    def _hold(self, module: pl.LightningModule, lr_schedulers: list[Any]) -> None:
+        """Schedules that the Trainer steps wait for skipped steps."""
         if module.automatic_optimization and self._release is None:  # there, the rest of a step is done
             for config in lr_schedulers:
                 if config.interval == "step":
@@ -246,6 +260,9 @@ class MasterWeightPrecision(MasterWeightPipeline, Precision):
         closure: Callable[[], Any],
         **kwargs: Any,
     ) -> Any:
+        if optimizer not in self._adopted:  # the Trainer was given others in mid-run, by `strategy.setup_optimizers`
+            self._take(model.trainer.optimizers)
+            self._hold(model, model.trainer.lr_scheduler_configs)
         # The Trainer's own closure is forward and backward. A user may have called it by now, and give another.
         both_to_come = isinstance(closure, Closure)
         if both_to_come and not self._old_gradients_wanted and model.trainer.accumulate_grad_batches == 1:

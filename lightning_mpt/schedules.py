@@ -18,6 +18,8 @@ class HeldSchedules:
 
     def hold(self, scheduler: Any, frequency: int) -> None:
         """From now on `scheduler` owes a call for every `frequency` steps that were skipped."""
+        if scheduler in self._held:
+            return
         if not self._held:
             self._owed = []  # in place of those that were released
         original, owed, held = type(scheduler), self._owed, self._held

@@ -182,3 +182,33 @@ def test_a_schedule_with_a_frequency_counts_real_steps_only() -> None:
     fit(Breaks(mlp(), configure), classification(40), MasterWeightPrecision("bf16-true"))
     assert schedules[0].last_epoch == 10  # 20 real steps
     assert type(schedules[0]) is LinearLR
+
+
+class AdamThenSGD(Scheduled):
+    """Sets up another optimizer, with its schedule, for the second epoch."""
+
+    def on_train_epoch_start(self) -> None:
+        self.trainer.strategy.setup_optimizers(self.trainer)
+
+    def configure_optimizers(self) -> Any:
+        parameters, sgd = self.parameters(), self.trainer.current_epoch == 1
+        optimizer: Any = torch.optim.SGD(parameters, 1e-1, 0.9) if sgd else torch.optim.AdamW(parameters, 1e-2)
+        return [optimizer], [{"scheduler": StepLR(optimizer, 1, 0.9), "interval": "step"}]
+
+
+@pytest.mark.parametrize("precision", ["16-true", "bf16-true"])
+def test_what_is_set_up_again_in_mid_run_trains_as_in_fp32_and_waits_for_skipped_steps(precision: Any) -> None:
+    runs = []
+    for plugin, broken in (
+        (None, ()),
+        (MasterWeightPrecision(precision), ()),
+        (MasterWeightPrecision(precision), (7,)),
+    ):
+        module = AdamThenSGD(SCHEDULES["step"], broken)
+        ours = fit(module, classification(5), plugin, max_epochs=2)
+        assert type(ours.optimizers[0]) is torch.optim.SGD
+        runs.append((module, ours.callback_metrics["loss"].item()))
+    (fp32, expected), (half, loss), (skipping, _) = runs
+    assert loss == pytest.approx(expected, rel=0.01)
+    assert half.settings == fp32.settings
+    assert skipping.real() == fp32.settings[:9]
