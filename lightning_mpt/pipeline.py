@@ -35,6 +35,8 @@ from .skips import SkippedSteps
 from .storage import master_storage, moment_storage
 
 DTYPES = {"16-true": torch.float16, "bf16-true": torch.bfloat16}
+HALF_MATTERS = ("Half", "BFloat16", "Simplex()")
+"""What errors of torch's say where half is the reason: types, and what a distribution's probabilities are not quite."""
 
 
 class Clip(NamedTuple):
@@ -197,20 +199,20 @@ class MasterWeightPipeline:
         with self._half_numerics():
             try:
                 yield
-            except (RuntimeError, NotImplementedError) as error:
+            except (RuntimeError, TypeError, ValueError) as error:  # NotImplementedError is a RuntimeError
                 self._explain(error)
                 raise
 
     def _explain(self, error: BaseException) -> None:
         """Say below an error of torch's about dtypes, from Python 3.11 on, what is half here and what is not."""
-        said = str(error)
-        if hasattr(error, "add_note") and ("Half" in said or "BFloat16" in said):
+        if hasattr(error, "add_note") and any(word in str(error) for word in HALF_MATTERS):
             error.add_note(
                 f"Under {self!r} parameters, buffers and activations are {self._dtype}. A tensor that is no buffer "
                 "stays FP32: register_buffer makes it one. So does what is in a batch that is an object of your own: "
-                "cast it in on_after_batch_transfer; and a module that is added during fit: add it before. A function "
-                "without half kernels takes x.float(), and its result is cast back by .to(x.dtype); a module is kept "
-                "FP32 by fp32_modules=(TheModule,). Or let modules mix types by autocast=True."
+                "cast it in on_after_batch_transfer; and a module that is added during fit: add it before. What has no "
+                "half kernels, or wants more digits, such as probabilities that sum to 1, takes x.float(), and its "
+                "result is cast back by .to(x.dtype); a module is kept FP32 by fp32_modules=(TheModule,). Or let "
+                "modules mix types by autocast=True."
             )
 
     @contextmanager

@@ -324,6 +324,18 @@ def test_an_error_of_torchs_about_dtypes_is_explained() -> None:
     fit(Classifier(position), classification(1), MasterWeightPrecision("bf16-true", autocast=True))
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions take notes from Python 3.11 on")
+@pytest.mark.parametrize("precision", HALVES)
+def test_an_error_about_half_probabilities_is_explained(precision: Any) -> None:
+    class Policy(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return -torch.distributions.Categorical(probs=(8 * self(batch[0])).softmax(-1)).log_prob(batch[1]).mean()
+
+    with pytest.raises(ValueError, match="Simplex") as raised:
+        fit(Policy(mlp()), classification(1, size=2048), MasterWeightPrecision(precision))  # one row in fifty
+    assert any("probabilities that sum to 1, takes x.float()" in note for note in raised.value.__notes__)
+
+
 def test_predict_before_fit_leaves_training_as_it_is() -> None:
     class Predicts(Classifier):
         def predict_step(self, batch: Any) -> Tensor:
