@@ -208,6 +208,32 @@ def test_what_half_has_no_kernels_for_is_computed_in_fp32(function: Any, dtype: 
         assert torch.equal(ours, fp32 if fp32.is_complex() else fp32.to(dtype))
 
 
+class Centered(nn.Module):
+    """Takes a mean away that it keeps over many batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(16))
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.count += 1
+            self.mean.lerp_(x.mean(dim=0) + 1, 0.01)
+        return x - self.mean
+
+
+@pytest.mark.parametrize("precision", HALVES)
+def test_running_sums_of_ones_own_are_those_of_fp32_where_their_module_is_named(precision: Any) -> None:
+    kept = []
+    for plugin in (None, MasterWeightPrecision(precision, fp32_modules=(Centered, nn.BatchNorm1d))):
+        net = nn.Sequential(Centered(), nn.BatchNorm1d(16), mlp(width=16))
+        fit(Classifier(net), classification(300, size=4), plugin)
+        assert net[0].count == net[1].num_batches_tracked == 300
+        kept.append(torch.cat([net[0].mean, net[1].running_var]))
+    torch.testing.assert_close(kept[1], kept[0], rtol=0.01, atol=1e-3)
+
+
 @pytest.mark.parametrize("precision", HALVES)
 def test_masks_that_pruning_makes_in_training_are_fp32_in_files_and_after_fit(precision: Any) -> None:
     class Prunes(Classifier):
