@@ -83,7 +83,7 @@ FILLS = _named(
     "masked_fill masked_fill_ fill_ full full_like new_full index_fill index_fill_ clamp clamp_ clamp_min clamp_min_ "
     "clamp_max clamp_max_"
 )
-"""What writes a number of the caller's into a tensor, and ends in an error where float16 does not reach so far."""
+"""What writes a number of the caller's into a tensor, and ends in an error where half does not reach so far."""
 
 SERVED = LOSSES | DETERMINANTS | THROUGH_FP32 | FILLS
 
@@ -97,8 +97,8 @@ class FP32Functions(TorchFunctionMode):
     """Within it, losses, linear algebra, distances and Fourier transforms compute in FP32 where they are given half.
 
     Cross entropy over many classes is computed in FP32 without an FP32 copy of all logits (`cross_entropy.py`), also
-    where the caller brings them to FP32: that copy waits until something needs it (`upcast.py`). A number that float16
-    does not reach, such as -1e9 in a mask, becomes the last one that it does.
+    where the caller brings them to FP32: that copy waits until something needs it (`upcast.py`). A number that the
+    half type does not reach, such as -1e9 or FP32's lowest in a mask, becomes the last one that it does.
 
     Args:
         casts: what decides about the callers' casts, and learns from each.
@@ -164,17 +164,17 @@ def _to_fp32(value: Any) -> Any:
 
 
 def _saturated(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What `func` gives, with the numbers that it was given inside float16's range where it writes float16."""
+    """What `func` gives, with the numbers that it was given inside the range of the half type that it writes."""
     dtype = kwargs.get("dtype")
     if dtype is None:
         dtype = args[0].dtype if args and isinstance(args[0], Tensor) else torch.get_default_dtype()
-    if dtype == torch.float16:
-        args, kwargs = tuple(map(_in_range, args)), {name: _in_range(value) for name, value in kwargs.items()}
+    if dtype in HALF_DTYPES:
+        within = partial(_in_range, limit=torch.finfo(dtype).max)
+        args, kwargs = tuple(map(within, args)), {name: within(value) for name, value in kwargs.items()}
     return func(*args, **kwargs)
 
 
-def _in_range(value: Any) -> Any:
-    limit = torch.finfo(torch.float16).max
+def _in_range(value: Any, limit: float) -> Any:
     if isinstance(value, int | float) and limit < abs(value) < math.inf:
         return math.copysign(limit, value)
     return value

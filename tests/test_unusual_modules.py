@@ -43,7 +43,7 @@ class Attention(nn.Module):
 
 
 class Scores(nn.Module):
-    """Attention by hand, with the masks that people write: -1e9 is beyond float16."""
+    """Attention by hand, with the masks that people write: -1e9 is beyond float16, FP32's lowest beyond bfloat16."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Scores(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.embed(x.view(-1, 4, 4))
         scores = torch.einsum("bqd,bkd->bqk", tokens, tokens) / 4 + torch.full((4, 4), -1e9).triu(1)
-        scores = scores.clamp(min=-1e9).masked_fill(torch.arange(4) == 3, -1e9)
+        scores = scores.clamp(min=-1e9).masked_fill(torch.arange(4) == 3, torch.finfo(torch.float32).min)
         return self.head((scores.softmax(dim=-1) @ tokens).mean(dim=1))
 
 
