@@ -5,7 +5,8 @@ take half and return half, and compute in FP32 in between: torch does so by itse
 unless a global switch lets them do otherwise. And losses, sums over a whole batch that no later rounding should touch,
 would be computed in the type of the logits: they are given FP32 ones. Linear algebra, as orthogonal weights and flows
 have it, has no half kernels, and a matrix exponential in half is NaN on a CPU: it is given FP32 too. So are distances,
-quantiles and Fourier transforms, which have half kernels on some devices and for some shapes.
+quantiles and Fourier transforms, which have half kernels on some devices and for some shapes. The sum of all elements
+of a tensor, as losses written by hand have it, is an FP32 number.
 """
 
 import math
@@ -61,6 +62,9 @@ def _named(names: str) -> frozenset[Any]:
 DETERMINANTS = _named("det logdet slogdet cond")
 """Numbers, which become part of a loss and stay FP32."""
 
+TOTALS = _named("sum")
+"""Of a whole tensor, numbers too: of many elements, beyond float16's range before a loss divides them."""
+
 FACTORIZATIONS = _named(
     "cholesky cholesky_ex cholesky_inverse cholesky_solve eig eigh eigvals eigvalsh geqrf householder_product inv "
     "inv_ex inverse ldl_factor ldl_factor_ex ldl_solve lstsq lu lu_factor lu_factor_ex lu_solve matrix_exp matrix_rank "
@@ -85,7 +89,7 @@ FILLS = _named(
 )
 """What writes a number of the caller's into a tensor, and ends in an error where half does not reach so far."""
 
-SERVED = LOSSES | DETERMINANTS | THROUGH_FP32 | FILLS
+SERVED = LOSSES | DETERMINANTS | TOTALS | THROUGH_FP32 | FILLS
 
 CASTS = frozenset({Tensor.float, Tensor.to, Tensor.type})
 """How callers bring logits to FP32 themselves."""
@@ -128,6 +132,9 @@ class FP32Functions(TorchFunctionMode):
             return _through_fp32(func, args, kwargs)
         if func in FILLS:
             return _saturated(func, args, kwargs)
+        if func in TOTALS:
+            whole = len(args) == 1 and not kwargs and args[0].dtype in HALF_DTYPES
+            return func(*args, dtype=torch.float32) if whole else func(*args, **kwargs)
         if func is F.cross_entropy and (loss := instead_of_torchs(*args, **kwargs)) is not None:
             return loss
         return func(*map(_to_fp32, args), **{name: _to_fp32(value) for name, value in kwargs.items()})

@@ -208,6 +208,23 @@ def test_what_half_has_no_kernels_for_is_computed_in_fp32(function: Any, dtype: 
         assert torch.equal(ours, fp32 if fp32.is_complex() else fp32.to(dtype))
 
 
+@pytest.mark.parametrize("precision", HALVES)
+def test_a_loss_by_hand_may_sum_more_than_float16_holds(precision: Any) -> None:
+    class Dice(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            found, wanted = self(batch[0]).sigmoid(), (batch[0] > 0).to(batch[0].dtype)
+            loss = 1 - 2 * (found * wanted).sum() / (found.sum() + torch.sum(wanted))
+            self.losses.append(loss.item())
+            return loss
+
+    losses = []
+    for plugin in (None, MasterWeightPrecision(precision)):
+        module = Dice(mlp(classes=16))
+        fit(module, classification(4, size=2**14), plugin)
+        losses.append(module.losses)
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+
+
 class Centered(nn.Module):
     """Takes a mean away that it keeps over many batches."""
 
