@@ -41,6 +41,7 @@ class ConvertedModule:
 
     Attributes:
         was_half: names of parameters that were half already; their masters start from those values.
+        half_norms: names of norms with running statistics that become half, statistics too.
         loaded_in_half: names of parameters for which `load_state_dict` was given nothing but their own half values, as
             torch does where it loads a whole file into sharded parameters: `reload` has the rest.
 
@@ -83,6 +84,11 @@ class ConvertedModule:
             if parameter.is_floating_point() and id(parameter) not in stays
         }
         self._check()
+        self.half_norms = [
+            name
+            for name, part in module.named_modules()
+            if isinstance(part, RUNNING_NORMS) and part not in kept and part.running_mean is not None
+        ]
         self.was_half = [
             name
             for parameter, name in self._parameters.items()

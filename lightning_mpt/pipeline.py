@@ -143,6 +143,15 @@ class MasterWeightPipeline:
                 f"{count} parameters ({first} first) were half precision already: their FP32 masters start from the "
                 "half values. Hand over the FP32 module to start from all its bits."
             )
+        if converted.half_norms and self._fp32_modules:
+            kinds = ", ".join(kind.__name__ for kind in self._fp32_modules)
+            count, first = len(converted.half_norms), converted.half_norms[0]
+            kind = type(module.get_submodule(first)).__name__
+            rank_zero_warn(
+                f"fp32_modules=({kinds},) takes the place of the norms with running statistics, and {count} of them "
+                f"({first}, {kind}, first) train in half, statistics too: name their types beside it, or give "
+                "fp32_modules=() for no FP32 module at all."
+            )
         return converted
 
     def _train_on(self, device: torch.device) -> None:

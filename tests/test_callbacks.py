@@ -2,6 +2,7 @@
 
 import copy
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -15,6 +16,7 @@ from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
     LearningRateMonitor,
     ModelCheckpoint,
+    OnExceptionCheckpoint,
     StochasticWeightAveraging,
     Timer,
     WeightAveraging,
@@ -304,3 +306,29 @@ def test_learning_rates_are_logged_under_the_names_of_an_fp32_run(tmp_path: Any)
         logged.append(monitor.lrs)
     assert logged[0] == logged[1]
     assert set(logged[1]) == {"lr-AdamW", "lr-SGD", "lr-SGD-1", "lr-Adam"}
+
+
+@pytest.mark.filterwarnings(r"ignore:.*\.fit\(ckpt_path=:UserWarning")  # of Lightning's, wherever this callback is
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_a_file_written_on_an_exception_is_fp32_and_goes_on_exactly(tmp_path: Path) -> None:
+    same = classification(1) * 6  # where in the epoch it was, this loader does not say
+
+    class Fails(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+            if batch_idx == 3:
+                raise RuntimeError("out of luck")
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(RuntimeError, match="out of luck"):
+        fit(
+            Fails(mlp(), adamw()), same, MasterWeightPrecision("16-true"),
+            callbacks=[OnExceptionCheckpoint(tmp_path)], enable_checkpointing=True, default_root_dir=tmp_path,
+        )  # fmt: skip
+    (file,) = tmp_path.glob("*.ckpt")
+    saved = torch.load(file, weights_only=True)
+    assert saved["global_step"] == 3
+    assert {value.dtype for value in saved["state_dict"].values()} == {torch.float32}
+    resumed, whole = Classifier(mlp(), adamw()), Classifier(mlp(), adamw())
+    trainer(MasterWeightPrecision("16-true")).fit(resumed, loader(same), ckpt_path=file)
+    fit(whole, same, MasterWeightPrecision("16-true"))
+    torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)

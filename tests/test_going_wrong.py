@@ -268,3 +268,15 @@ def test_nan_at_start_is_refused_by_name_also_in_what_stays_fp32(precision: Any)
         module.net[1].weight[2] = float("nan")
     with pytest.raises(ValueError, match=r"net\.1\.weight holds inf or NaN before the first step"):
         fit(module, classification(1), MasterWeightPrecision(precision))
+
+
+def test_norms_that_other_fp32_modules_leave_out_are_named_once() -> None:
+    def net() -> nn.Module:
+        return nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8), nn.LayerNorm(8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+
+    said = r"fp32_modules=\(LayerNorm,\) takes the place of .* 2 of them \(net\.1, BatchNorm1d, first\) train in half"
+    with pytest.warns(UserWarning, match=said):
+        fit(Classifier(net()), classification(2), MasterWeightPrecision("bf16-true", fp32_modules=nn.LayerNorm))
+    # All meant: nothing is said, which would be an error here.
+    for kept in (None, (), (nn.LayerNorm, nn.BatchNorm1d), nn.modules.batchnorm._BatchNorm):
+        fit(Classifier(net()), classification(2), MasterWeightPrecision("bf16-true", fp32_modules=kept))
