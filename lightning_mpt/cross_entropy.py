@@ -15,10 +15,7 @@ from torch import Tensor
 
 from .kernels import cross_entropy_kernel_for
 from .shards import layout
-from .upcast import INSTEAD, Upcast, half_values
-
-SMALLEST = 2**20
-"""Fewer logits are not worth it."""
+from .upcast import INSTEAD, Upcast, half_values, large
 
 
 def instead_of_torchs(
@@ -42,7 +39,7 @@ def instead_of_torchs(
         and half_values(input) is not None
         and input.dim() == 2
         and input.requires_grad
-        and input.numel() >= SMALLEST
+        and large(input)
         and target.dtype == torch.int64
         and target.shape == input.shape[:1]
         and weight is size_average is reduce is None

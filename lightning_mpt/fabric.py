@@ -143,13 +143,7 @@ class FabricMasterWeightPrecision(MasterWeightPipeline, Precision):
 
         Of logits for cross entropy no FP32 copy is made (`upcast.py`).
         """
-
-        def to_fp32(half: Tensor) -> Tensor:
-            if half.dtype != self._dtype:
-                return half
-            return self._casts.to_fp32(half) if self._casts.wait(half) else half.float()
-
-        return apply_to_collection(data, Tensor, to_fp32)
+        return apply_to_collection(data, Tensor, lambda t: self._casts.to_fp32(t) if t.dtype == self._dtype else t)
 
     @override
     def forward_context(self) -> AbstractContextManager[None]:  # type: ignore[override]

@@ -2,7 +2,7 @@
 
 convert          masters are taken from the FP32 weights, which then become half        conversion.py
 adopt            AdamW is served by the fused step, other optimizers by FP32 masters    optimizer.py, bridge.py
-forward          half products, FP32 sums and losses                                    numerics.py
+forward          half products, FP32 sums and losses                                    fp32_functions.py, numerics.py
 scale            the loss is FP32, and is scaled                                        loss_scale.py
 update           one look at the gradients, then unscale, clip and update in one pass   kernels/
 let go           the module is FP32 again, and everything global is what it was
@@ -24,15 +24,17 @@ from .base import Scan
 from .bridge import BridgedOptimizer, bridge
 from .conversion import ConvertedModule, module_types
 from .diagnosis import Watch
+from .fp32_functions import FP32Functions
 from .loss_scale import ConstantLossScale, DynamicLossScale, make_loss_scale
 from .masters import MasterWeights
-from .numerics import Casts, FP32Functions, default_dtype, fp32_sums
+from .numerics import default_dtype, fp32_sums
 from .optimizer import MasterAdamW
 from .replicas import share_masters
 from .schedules import HeldSchedules
 from .shards import local
 from .skips import SkippedSteps
 from .storage import master_storage, moment_storage
+from .upcast import Casts
 
 DTYPES = {"16-true": torch.float16, "bf16-true": torch.bfloat16}
 HALF_MATTERS = ("Half", "BFloat16", "Simplex()")

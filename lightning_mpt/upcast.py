@@ -13,7 +13,7 @@ the copy is made before (`before_call`), and where that could not be seen, using
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 from weakref import WeakSet
 
@@ -24,6 +24,9 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
 
 from .storage import HALF_DTYPES
+
+SMALLEST = 2**20
+"""Fewer values are not worth it."""
 
 KINDS = (Tensor, torch.nn.Parameter, FakeTensor)
 """Types whose casts may wait. What else there is, such as DTensor, has its own ways."""
@@ -39,6 +42,9 @@ MOVES = frozenset(
     {aten.clone.default, aten._unsafe_view.default, aten.slice_backward.default, aten.select_backward.default}
 )
 """What gives other memory with the same values in other places, and zeros."""
+
+ANSWERS = frozenset({aten.argmax.default, aten.argmin.default})
+"""What half values answer as well, as whoever counts the right ones asks."""
 
 OTHER_VIEWS = frozenset({aten.view.dtype, aten.as_strided.default})
 """Of the bits, and by a place in memory: they are taken of the FP32 copy."""
@@ -144,8 +150,9 @@ class Upcast(Tensor):
         if first is not None and func.is_view and func not in OTHER_VIEWS:
             views = func(first.held, *args[1:], **kwargs)
             return tree_map_only(Tensor, lambda view: cls(first._source, view), views)
-        if first is not None and func in MOVES and (half := first.half_values) is not None:
-            return cls.of(func(half, *args[1:], **kwargs), first._source.learn)
+        if first is not None and func in MOVES | ANSWERS and (half := first.half_values) is not None:
+            result = func(half, *args[1:], **kwargs)
+            return result if func in ANSWERS else cls.of(result, first._source.learn)
         plain_args, plain_kwargs = tree_map_only(cls, cls.in_fp32, (args, kwargs))
         result = func(*plain_args, **plain_kwargs)
         if not func._schema.is_mutable:
@@ -209,20 +216,65 @@ class _ToFP32(torch.autograd.Function):
         return tangent.float()
 
 
-def can_wait(half: Tensor) -> bool:
-    """Whether `upcast` takes this half tensor: a contiguous plain one, outside of torch.func."""
-    return type(half) in KINDS and half.is_contiguous() and torch._C._functorch.maybe_current_level() is None
-
-
 def upcast(half: Tensor, learn: Learn | None = None) -> Tensor:
     """As `half.float()`, without a copy until FP32 values are needed.
 
     Args:
-        half: float16 or bfloat16, one that `can_wait`.
+        half: float16 or bfloat16, contiguous, of one of `KINDS`; outside of torch.func.
         learn: see `Learn`.
     """
     made: Tensor = _ToFP32.apply(half, learn)
     return made
+
+
+class Casts:
+    """Callers' casts to FP32, which wait where the copy may never be needed.
+
+    Learns, by the size of a tensor's last dimension, whether cross entropy takes such tensors, for which the half
+    values do. Where something else made the copy, it is made at once from then on.
+    """
+
+    def __init__(self) -> None:
+        self._are_logits: dict[int, bool] = {}
+
+    def cast(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Tensor | None:
+        """What `func`, one of the functions that cast their first argument, gives, if it waits; else None."""
+        half = args[0]
+        if half.dtype not in HALF_DTYPES or not self._may_wait(half):
+            return None
+        to = func(half.detach().flatten()[:0], *args[1:], **kwargs)  # an empty tensor tells
+        waits = isinstance(to, Tensor) and to.dtype == torch.float32 and to.device == half.device
+        return self._waiting(half) if waits else None
+
+    def to_fp32(self, half: Tensor) -> Tensor:
+        """`half.float()`, which may wait."""
+        return self._waiting(half) if self._may_wait(half) else half.float()
+
+    def _may_wait(self, half: Tensor) -> bool:
+        return (
+            not torch.compiler.is_compiling()
+            and large(half)
+            and half.requires_grad
+            and torch.is_grad_enabled()
+            and self._are_logits.get(half.shape[-1], True)
+            and type(half) in KINDS
+            and half.is_contiguous()
+            and torch._C._functorch.maybe_current_level() is None
+        )
+
+    def _waiting(self, half: Tensor) -> Tensor:
+        return upcast(half, partial(self._learn, half.shape[-1]))
+
+    def _learn(self, classes: int, are_logits: bool) -> None:
+        if are_logits:
+            self._are_logits[classes] = True
+        else:
+            self._are_logits.setdefault(classes, False)
+
+
+def large(tensor: Tensor) -> bool:
+    """Whether a copy of this tensor is worth a detour."""
+    return tensor.numel() >= SMALLEST
 
 
 def before_call(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> None:

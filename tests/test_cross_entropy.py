@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_mpt import cross_entropy as module
+from lightning_mpt.fp32_functions import FP32Functions
 from lightning_mpt.kernels import cross_entropy as reference
 from lightning_mpt.kernels.cross_entropy import CrossEntropyKernel
-from lightning_mpt.numerics import FP32Functions
 from lightning_mpt.profiler import MemoryRecorder
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -23,10 +23,7 @@ ULP = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Serve few logits too, and in steps of three rows."""
-    from lightning_mpt import numerics
-
-    monkeypatch.setattr(module, "SMALLEST", 1)
-    monkeypatch.setattr(numerics, "SMALLEST", 1)
+    monkeypatch.setattr("lightning_mpt.upcast.SMALLEST", 1)
     monkeypatch.setitem(reference.LOGITS_AT_ONCE, "cpu", 3 * CLASSES + 1)
 
 

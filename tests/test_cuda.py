@@ -14,10 +14,10 @@ from training import Classifier, classification, fit, mlp
 
 from lightning_mpt import PRESETS, MasterAdamW, MasterWeightPrecision
 from lightning_mpt.cross_entropy import cross_entropy
+from lightning_mpt.fp32_functions import FP32Functions
 from lightning_mpt.kernels import Kernel, kernel_for
 from lightning_mpt.kernels.reference import ReferenceKernel
 from lightning_mpt.kernels.slots import GradientTransform, Slot
-from lightning_mpt.numerics import FP32Functions
 from lightning_mpt.storage import master_storage, moment_storage
 
 pytestmark = [

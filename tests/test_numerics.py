@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_mpt.numerics import LOSSES, FP32Functions, default_dtype, fp32_sums
+from lightning_mpt.fp32_functions import LOSSES, FP32Functions
+from lightning_mpt.numerics import default_dtype, fp32_sums
 
 MATMUL = torch.backends.cuda.matmul
 

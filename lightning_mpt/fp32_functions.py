@@ -1,0 +1,178 @@
+"""Functions of torch's that compute in FP32 where they are given half, and how.
+
+Losses, sums over a whole batch that no later rounding should touch, would be computed in the type of the logits: they
+are given FP32 ones (Micikevicius et al., arXiv 1710.03740, section 3.3). Linear algebra, as orthogonal weights and
+flows have it, has no half kernels, and a matrix exponential in half is NaN on a CPU: it is given FP32 too. So are
+distances, quantiles and Fourier transforms, which have half kernels on some devices and for some shapes. The sum of all
+elements of a tensor, as losses written by hand have it, is an FP32 number.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .cross_entropy import instead_of_torchs
+from .storage import HALF_DTYPES
+from .upcast import Casts, before_call
+
+Function = Callable[..., Any]
+
+LOSSES = frozenset(
+    {
+        F.binary_cross_entropy,
+        F.binary_cross_entropy_with_logits,
+        F.cosine_embedding_loss,
+        F.cross_entropy,
+        F.ctc_loss,
+        F.gaussian_nll_loss,
+        F.hinge_embedding_loss,
+        F.huber_loss,
+        F.kl_div,
+        F.l1_loss,
+        F.margin_ranking_loss,
+        F.mse_loss,
+        F.multi_margin_loss,
+        F.multilabel_margin_loss,
+        F.multilabel_soft_margin_loss,
+        F.nll_loss,
+        F.poisson_nll_loss,
+        F.smooth_l1_loss,
+        F.soft_margin_loss,
+        F.triplet_margin_loss,
+        F.triplet_margin_with_distance_loss,
+    }
+)
+"""What `torch.nn.functional` calls losses; the modules of `torch.nn` call these."""
+
+
+def _named(names: str) -> frozenset[Any]:
+    """The functions of these names in `torch.linalg` and `torch`, and as methods of tensors."""
+    owners = (torch.linalg, torch, Tensor)
+    return frozenset(getattr(owner, name) for owner in owners for name in names.split() if hasattr(owner, name))
+
+
+DETERMINANTS = _named("det logdet slogdet cond")
+"""Numbers, which become part of a loss and stay FP32."""
+
+SUMS = _named("sum")
+"""Of a whole tensor, numbers too: of many elements, beyond float16's range before a loss divides them."""
+
+FACTORIZATIONS = _named(
+    "cholesky cholesky_ex cholesky_inverse cholesky_solve eig eigh eigvals eigvalsh geqrf householder_product inv "
+    "inv_ex inverse ldl_factor ldl_factor_ex ldl_solve lstsq lu lu_factor lu_factor_ex lu_solve matrix_exp matrix_rank "
+    "orgqr ormqr pca_lowrank pinv pinverse qr solve solve_ex solve_triangular svd svd_lowrank svdvals tensorinv "
+    "tensorsolve triangular_solve"
+)
+"""Matrices, which go on in half."""
+
+FOURIER = frozenset(
+    getattr(torch.fft, direction + way)
+    for direction in ("", "i")
+    for way in ("fft", "fft2", "fftn", "rfft", "rfft2", "rfftn", "hfft", "hfft2", "hfftn")
+) | _named("stft istft")
+"""Complex numbers of FP32 parts, or what such give."""
+
+THROUGH_FP32 = FACTORIZATIONS | FOURIER | _named("cdist pdist quantile nanquantile histc")
+"""What is computed in FP32 where it is given half, and goes on in half."""
+
+FILLS = _named(
+    "masked_fill masked_fill_ fill_ full full_like new_full index_fill index_fill_ clamp clamp_ clamp_min clamp_min_ "
+    "clamp_max clamp_max_"
+)
+"""What writes a number of the caller's into a tensor, and ends in an error where half does not reach so far."""
+
+CASTS = frozenset({Tensor.float, Tensor.to, Tensor.type})
+"""How callers bring logits to FP32 themselves."""
+
+
+class FP32Functions(TorchFunctionMode):
+    """Within it, losses, linear algebra, distances and Fourier transforms compute in FP32 where they are given half.
+
+    Cross entropy over many classes is computed in FP32 without an FP32 copy of all logits (`cross_entropy.py`), also
+    where the caller brings them to FP32: that copy waits until something needs it (`upcast.py`). A number that the
+    half type does not reach, such as -1e9 or FP32's lowest in a mask, becomes the last one that it does.
+
+    Args:
+        casts: what decides about the callers' casts, and learns from each.
+    """
+
+    def __init__(self, casts: Casts | None = None) -> None:
+        super().__init__()
+        self._casts = casts or Casts()
+
+    def __torch_function__(
+        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not torch.compiler.is_compiling():
+            before_call(func, args, kwargs)
+            if func in CASTS and (cast := self._casts.cast(func, args, kwargs)) is not None:
+                return cast
+        way = WAYS.get(func)
+        return func(*args, **kwargs) if way is None else way(func, args, kwargs)
+
+
+def _in_fp32(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What `func` gives for half tensors, computed in FP32; it stays FP32."""
+    return func(*map(_to_fp32, args), **{name: _to_fp32(value) for name, value in kwargs.items()})
+
+
+def _through_fp32(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What `func` gives for half tensors, computed in FP32 and rounded."""
+    half = {leaf.dtype for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)} & set(HALF_DTYPES)
+    if not half:
+        return func(*args, **kwargs)
+    args, kwargs = tree_map(_to_fp32, (args, kwargs))
+    dtype = half.pop()
+    return tree_map(
+        lambda value: value.to(dtype) if isinstance(value, Tensor) and value.dtype == torch.float32 else value,
+        func(*args, **kwargs),
+    )
+
+
+def _cross_entropy(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    loss = instead_of_torchs(*args, **kwargs)
+    return _in_fp32(func, args, kwargs) if loss is None else loss
+
+
+def _sum(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    whole = len(args) == 1 and not kwargs and args[0].dtype in HALF_DTYPES
+    return func(*args, dtype=torch.float32) if whole else func(*args, **kwargs)
+
+
+def _saturated(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What `func` gives, with the numbers that it was given inside the range of the half type that it writes."""
+    dtype = kwargs.get("dtype")
+    if dtype is None:
+        dtype = args[0].dtype if args and isinstance(args[0], Tensor) else torch.get_default_dtype()
+    if dtype in HALF_DTYPES:
+        within = partial(_in_range, limit=torch.finfo(dtype).max)
+        args, kwargs = tuple(map(within, args)), {name: within(value) for name, value in kwargs.items()}
+    return func(*args, **kwargs)
+
+
+def _in_range(value: Any, limit: float) -> Any:
+    if isinstance(value, int | float) and limit < abs(value) < math.inf:
+        return math.copysign(limit, value)
+    return value
+
+
+def _to_fp32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in HALF_DTYPES else value
+
+
+WAYS: dict[Any, Callable[[Function, tuple[Any, ...], dict[str, Any]], Any]] = {
+    **dict.fromkeys(LOSSES | DETERMINANTS, _in_fp32),
+    **dict.fromkeys(THROUGH_FP32, _through_fp32),
+    **dict.fromkeys(SUMS, _sum),
+    **dict.fromkeys(FILLS, _saturated),
+    F.cross_entropy: _cross_entropy,
+}
+"""How each function is called within the mode."""
