@@ -240,7 +240,7 @@ class Casts:
     def cast(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Tensor | None:
         """What `func`, one of the functions that cast their first argument, gives, if it waits; else None."""
         half = args[0]
-        if half.dtype not in HALF_DTYPES or not self._may_wait(half):
+        if half.dtype not in HALF_DTYPES or "memory_format" in kwargs or not self._may_wait(half):
             return None
         to = func(half.detach().flatten()[:0], *args[1:], **kwargs)  # an empty tensor tells
         waits = isinstance(to, Tensor) and to.dtype == torch.float32 and to.device == half.device

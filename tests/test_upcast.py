@@ -332,3 +332,11 @@ def test_a_network_of_transformers_trains_with_no_logits_in_fp32(
         runs[waits] = (module.losses, profiler.report.peak_bytes)
     assert runs[False][1] - runs[True][1] >= 2 * logits
     assert runs[True][0] == pytest.approx(runs[False][0], rel=2e-3)
+
+
+@pytest.mark.usefixtures("_small")
+def test_images_may_change_their_memory_format() -> None:
+    with FP32Functions():
+        x = torch.randn(2, 3, 4, 4).bfloat16().requires_grad_() * 2
+        assert x.to(memory_format=torch.channels_last).is_contiguous(memory_format=torch.channels_last)
+        assert x.float(memory_format=torch.channels_last).is_contiguous(memory_format=torch.channels_last)
