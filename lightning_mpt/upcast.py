@@ -28,8 +28,9 @@ from .storage import HALF_DTYPES
 SMALLEST = 2**20
 """Fewer values are not worth it."""
 
-KINDS = (Tensor, torch.nn.Parameter, FakeTensor)
-"""Types whose casts may wait. What else there is, such as DTensor, has its own ways."""
+KINDS = (Tensor, FakeTensor)
+"""Types whose casts may wait. Parameters change with every step, and what else there is, such as DTensor, has its own
+ways."""
 
 Learn = Callable[[bool], Any]
 """Is told True when the half values were all that was wanted, False when an FP32 copy is made of them."""
@@ -258,6 +259,7 @@ class Casts:
             and torch.is_grad_enabled()
             and self._are_logits.get(half.shape[-1], True)
             and type(half) in KINDS
+            and type(half._base) is not torch.nn.Parameter
             and half.is_contiguous()
             and torch._C._functorch.maybe_current_level() is None
         )

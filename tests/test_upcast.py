@@ -340,3 +340,14 @@ def test_images_may_change_their_memory_format() -> None:
         x = torch.randn(2, 3, 4, 4).bfloat16().requires_grad_() * 2
         assert x.to(memory_format=torch.channels_last).is_contiguous(memory_format=torch.channels_last)
         assert x.float(memory_format=torch.channels_last).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.usefixtures("_small")
+def test_weights_in_fp32_may_be_kept_over_a_step() -> None:
+    """As what they started from, that they are to stay near."""
+    weight = torch.nn.Parameter(torch.ones(SHAPE, dtype=torch.bfloat16))
+    with FP32Functions():
+        kept = [weight.float().detach(), weight.view(-1).float().detach()]
+    with torch.no_grad():
+        weight.fill_(2.0)
+    assert all(x.eq(1.0).all() for x in kept)
