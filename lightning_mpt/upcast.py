@@ -47,8 +47,10 @@ MOVES = frozenset(
 ANSWERS = frozenset({aten.argmax.default, aten.argmin.default})
 """What half values answer as well, as whoever counts the right ones asks."""
 
-OTHER_VIEWS = frozenset({aten.view.dtype, aten.as_strided.default})
-"""Of the bits, and by a place in memory: they are taken of the FP32 copy."""
+OTHER_VIEWS = frozenset(
+    {aten.view.dtype, aten.view_as_complex.default, aten._neg_view.default, aten.as_strided.default}
+)
+"""Of other values than those, and by a place in memory: they are taken of the FP32 copy."""
 
 
 class _Source:

@@ -86,6 +86,12 @@ def test_whatever_is_done_to_it_comes_out_as_from_the_copy(names: list[str], dty
     assert torch.equal(our_gradient, their_gradient)  # type: ignore[arg-type]
 
 
+def test_pairs_of_it_are_complex_numbers() -> None:
+    """As Llama's rotary embeddings have it."""
+    x, plain = upcast(half() * 2), (half() * 2).float()
+    assert torch.equal(torch.view_as_complex(x.view(4, 3, 2)), torch.view_as_complex(plain.view(4, 3, 2)))
+
+
 @pytest.mark.parametrize("change", [lambda x: x.mul_(2), set_first, lambda x: x.masked_fill_(x > 0, -1.0)])
 @pytest.mark.parametrize("used", [False, True], ids=["first use", "used before"])
 def test_a_write_is_seen_by_every_view(change: Callable[[Tensor], Any], used: bool) -> None:
