@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .storage import HALF_DTYPES
 
@@ -123,6 +123,11 @@ class Upcast(Tensor):
             self._shown = self._part_of(self._source.in_fp32())
         return self._shown
 
+    def in_memory(self) -> Tensor:
+        """The same, for what may write to that memory where it is not seen here."""
+        self._source.written = True
+        return self.in_fp32()
+
     @property
     def held(self) -> Tensor:
         """The values as they are by now, half or FP32."""
@@ -158,13 +163,8 @@ class Upcast(Tensor):
             return result if func in ANSWERS else cls.of(result, first._source.learn)
         plain_args, plain_kwargs = tree_map_only(cls, cls.in_fp32, (args, kwargs))
         result = func(*plain_args, **plain_kwargs)
-        if not func._schema.is_mutable:
-            return result
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            _note_write(argument, value)
-        for argument in func._schema.arguments:
-            _note_write(argument, kwargs.get(argument.name))
-        return return_and_correct_aliasing(func, args, kwargs, result)
+        _note_writes(func, args, kwargs)
+        return return_and_correct_aliasing(func, args, kwargs, result) if func._schema.is_mutable else result
 
     # torch.compile and the memory profiler ask what such a tensor is made of.
 
@@ -181,16 +181,19 @@ class Upcast(Tensor):
     # What reads memory past torch's dispatch, and what is to be saved, is the FP32 copy.
 
     def numpy(self, *, force: bool = False) -> Any:
-        return self.in_fp32().numpy(force=force)
+        return self.in_memory().numpy(force=force)
 
     def tolist(self) -> Any:
         return self.in_fp32().tolist()
 
     def data_ptr(self) -> int:
-        return self.in_fp32().data_ptr()
+        return self.in_memory().data_ptr()
+
+    def share_memory_(self) -> Tensor:
+        return self.in_memory().share_memory_()
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.in_fp32().__dlpack__(*args, **kwargs)
+        return self.in_memory().__dlpack__(*args, **kwargs)
 
     def __deepcopy__(self, memo: Any) -> Any:
         return self.in_fp32().__deepcopy__(memo)
@@ -309,6 +312,13 @@ def half_values(tensor: Tensor) -> Tensor | None:
     return tensor if tensor.dtype in HALF_DTYPES else None
 
 
-def _note_write(argument: Any, value: Any) -> None:
-    if isinstance(value, Upcast) and argument.alias_info is not None and argument.alias_info.is_write:
-        value._source.written = True
+def _note_writes(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """Note what a function of torch's changes, or lends memory of: views that are plain tensors may be written to."""
+    names = [argument.name for argument in func._schema.arguments]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    for argument in func._schema.arguments:
+        shared = argument.alias_info is not None and (argument.alias_info.is_write or func.is_view)
+        if shared or func.namespace == "c10d":  # which does not say what it writes
+            for value in tree_leaves(given.get(argument.name)):
+                if isinstance(value, Upcast):
+                    value._source.written = True

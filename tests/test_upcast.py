@@ -1,6 +1,7 @@
 """A tensor that stands for an FP32 copy is that copy to whoever asks, values and gradients, and takes no memory."""
 
 import copy
+import ctypes
 import io
 import operator
 from collections.abc import Callable
@@ -357,3 +358,31 @@ def test_weights_in_fp32_may_be_kept_over_a_step() -> None:
     with torch.no_grad():
         weight.fill_(2.0)
     assert all(x.eq(1.0).all() for x in kept)
+
+
+BEHIND: dict[str, Callable[[Tensor], Any]] = {
+    "as_strided": lambda x: x.as_strided((3,), (1,)).zero_(),
+    "bits": lambda x: x.view(torch.int32).zero_(),
+    "numpy": lambda x: x.numpy().fill(0),
+    "dlpack": lambda x: torch.from_dlpack(x).zero_(),
+    "address": lambda x: ctypes.memset(x.data_ptr(), 0, x.nbytes),
+    "list": lambda x: torch._foreach_zero_([x]),
+}
+
+
+@pytest.mark.parametrize("write", BEHIND.values(), ids=BEHIND)
+def test_a_write_where_it_is_hard_to_see_leaves_no_half_values(write: Callable[[Tensor], Any]) -> None:
+    x = upcast(half() * 2)
+    write(x.detach())
+    assert half_values(x) is None
+    assert not x.view(-1)[:3].any()
+
+
+def test_what_is_reduced_over_processes_is_no_longer_the_half_values(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        x = upcast(half() * 2)
+        torch.distributed.all_reduce(x.detach())
+    finally:
+        torch.distributed.destroy_process_group()
+    assert half_values(x) is None
