@@ -291,7 +291,11 @@ def before_call(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> 
         func: of torch's, as a `TorchFunctionMode` is told of it, with its arguments.
     """
     if WAITING and (_writes(func) or "out" in kwargs or kwargs.get("inplace")):
-        written = {value.untyped_storage()._cdata for value in (*args, *kwargs.values()) if type(value) in KINDS}
+        written = {
+            value.untyped_storage()._cdata
+            for value in tree_leaves((args, kwargs))
+            if type(value) in KINDS and torch._C._has_storage(value)
+        }
         for source in list(WAITING):
             if source.half.untyped_storage()._cdata in written:
                 source.in_fp32()
@@ -299,7 +303,12 @@ def before_call(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> 
 
 @cache
 def _writes(func: Callable[..., Any]) -> bool:
-    """Whether a function of torch's changes its first argument, as its name says: `add_`, `__iadd__`, `__setitem__`."""
+    """Whether a function of torch's changes its first argument, as its name says: `add_`, `__iadd__`, `__setitem__`.
+
+    Operators registered with torch, `torch.ops`, have a schema that says so.
+    """
+    if isinstance(func, torch._ops.OpOverload):
+        return func._schema.is_mutable
     name = getattr(func, "__name__", "")
     operator = name.startswith("__i") and hasattr(Tensor, f"__{name[3:]}")
     return operator or name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))

@@ -151,6 +151,8 @@ WRITES: dict[str, Callable[[Tensor], Any]] = {
     "copy_": lambda x: x.copy_(torch.ones(SHAPE)),
     "dropout": lambda x: F.dropout(x, inplace=True),
     "relu_": lambda x: F.relu_(x),
+    "list": lambda x: torch._foreach_mul_([x.detach()], 2),
+    "operator": lambda x: torch.ops.aten.mul_.Tensor(x, 2),
 }
 
 
@@ -386,3 +388,17 @@ def test_what_is_reduced_over_processes_is_no_longer_the_half_values(tmp_path: P
     finally:
         torch.distributed.destroy_process_group()
     assert half_values(x) is None
+
+
+def writes_to_no_memory() -> None:
+    torch.eye(4).to_sparse().mul_(2)
+    torch.vmap(lambda x: (x * 2).add_(1))(torch.ones(SHAPE))
+    torch.func.grad(lambda x: x.square().sum())(torch.ones(SHAPE))
+
+
+@pytest.mark.usefixtures("_small")
+def test_other_tensors_may_have_no_memory_while_a_copy_waits() -> None:
+    with FP32Functions():
+        x = (half() * 2).float()
+        writes_to_no_memory()
+    assert half_values(x) is not None
