@@ -57,18 +57,18 @@ class _Source:
     """What an upcast and its views share: the half values, and their FP32 copy once there is one."""
 
     def __init__(self, half: Tensor, learn: Learn | None) -> None:
-        self.half, self._version, self.learn = half, half._version, learn
+        self.half, self._version, self.learn = half, _version(half), learn
         self.fp32 = None if half.dtype in HALF_DTYPES else half
         self.written = self.fp32 is not None
         """Whether the FP32 copy was changed, so that the half values say nothing of it any more."""
 
     @property
     def still_half(self) -> bool:
-        return not self.written and self.half._version == self._version
+        return not self.written and _version(self.half) == self._version
 
     def in_fp32(self) -> Tensor:
         if self.fp32 is None:
-            if self.half._version != self._version:
+            if _version(self.half) != self._version:
                 raise RuntimeError(
                     f"A half tensor of shape {tuple(self.half.shape)} was brought to FP32, and then changed in place "
                     "before the FP32 values were used: change a copy of it, half.clone(), or the FP32 tensor."
@@ -154,10 +154,13 @@ class Upcast(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if (parts := func.decompose(*args, **kwargs)) is not NotImplemented:  # inference mode has whole functions done
+            return parts
         first = args[0] if args and isinstance(args[0], cls) else None
         if first is not None and func.is_view and func not in OTHER_VIEWS:
             views = func(first.held, *args[1:], **kwargs)
-            return tree_map_only(Tensor, lambda view: cls(first._source, view), views)
+            with torch.inference_mode(first.is_inference()):  # a view made in that mode is what the whole is
+                return tree_map_only(Tensor, lambda view: cls(first._source, view), views)
         if first is not None and func in MOVES | ANSWERS and (half := first.half_values) is not None:
             result = func(half, *args[1:], **kwargs)
             return result if func in ANSWERS else cls.of(result, first._source.learn)
@@ -312,6 +315,11 @@ def _writes(func: Callable[..., Any]) -> bool:
     name = getattr(func, "__name__", "")
     operator = name.startswith("__i") and hasattr(Tensor, f"__{name[3:]}")
     return operator or name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was written to in place, which a tensor of inference mode does not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def half_values(tensor: Tensor) -> Tensor | None:

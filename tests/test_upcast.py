@@ -402,3 +402,12 @@ def test_other_tensors_may_have_no_memory_while_a_copy_waits() -> None:
         x = (half() * 2).float()
         writes_to_no_memory()
     assert half_values(x) is not None
+
+
+def test_in_inference_mode_it_is_what_it_is() -> None:
+    """As in validation, of what training kept."""
+    x, plain = upcast(half() * 2).detach(), (half() * 2).detach().float()
+    with torch.inference_mode():
+        for step in (Tensor.clone, lambda x: x[:, 1:].contiguous(), lambda x: x.t().reshape(-1), lambda x: x[1:]):
+            assert torch.equal(step(x), step(plain))
+    assert torch.equal(x + 0, plain)
