@@ -47,6 +47,9 @@ MOVES = frozenset(
 ANSWERS = frozenset({aten.argmax.default, aten.argmin.default})
 """What half values answer as well, as whoever counts the right ones asks."""
 
+SAME = frozenset({aten.detach.default, aten.alias.default})
+"""Views of all of it, as torch takes them of what it compiles for and expects to be of the same type."""
+
 OTHER_VIEWS = frozenset(
     {aten.view.dtype, aten.view_as_complex.default, aten._neg_view.default, aten.as_strided.default}
 )
@@ -157,7 +160,11 @@ class Upcast(Tensor):
         if (parts := func.decompose(*args, **kwargs)) is not NotImplemented:  # inference mode has whole functions done
             return parts
         first = args[0] if args and isinstance(args[0], cls) else None
-        if first is not None and func.is_view and func not in OTHER_VIEWS:
+        if (
+            first is not None
+            and func.is_view
+            and (func in SAME or (first._source.still_half and func not in OTHER_VIEWS))
+        ):
             views = func(first.held, *args[1:], **kwargs)
             with torch.inference_mode(first.is_inference()):  # a view made in that mode is what the whole is
                 return tree_map_only(Tensor, lambda view: cls(first._source, view), views)
@@ -169,17 +176,22 @@ class Upcast(Tensor):
         _note_writes(func, args, kwargs)
         return return_and_correct_aliasing(func, args, kwargs, result) if func._schema.is_mutable else result
 
-    # torch.compile and the memory profiler ask what such a tensor is made of.
+    # torch.compile takes it for a wrapper of the FP32 copy.
+
+    compiled_as = property(in_memory)
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["held"], None
+        return ["compiled_as"], None
 
     @classmethod
     def __tensor_unflatten__(cls, inner: dict[str, Tensor], _: None, size: Any, stride: Any) -> "Upcast":
-        return cls.of(inner["held"])
+        return cls.of(inner["compiled_as"])
 
     def _stable_hash_for_caching(self) -> str:
-        return type(self).__name__
+        return f"{type(self).__name__} {self.size()} {self.stride()} {self.device} {self.requires_grad}"
+
+    def __coerce_same_metadata_as_tangent__(self, metadata: Any, expected_type: Any = None) -> Tensor:
+        return self.in_fp32()
 
     # What reads memory past torch's dispatch, and what is to be saved, is the FP32 copy.
 

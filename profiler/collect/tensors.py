@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from lightning_mpt.upcast import Upcast
+
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -16,6 +18,8 @@ def parts_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield from (tensor._indices(), tensor._values())
     elif tensor.layout is not torch.strided:
         return
+    elif isinstance(tensor, Upcast):
+        yield tensor.held
     elif torch.utils._python_dispatch.is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         for name in names:
