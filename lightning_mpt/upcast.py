@@ -229,7 +229,7 @@ class _ToFP32(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        half = half_values(gradient) if isinstance(gradient, Upcast) else None
+        half = half_values(gradient) if isinstance(gradient, Upcast) and not gradient.requires_grad else None
         return gradient.to(ctx.dtype) if half is None or half.dtype != ctx.dtype else half, None
 
     @staticmethod

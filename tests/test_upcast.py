@@ -449,3 +449,14 @@ def test_compiled_code_is_for_one_shape() -> None:
     x = upcast(half() * 2)
     names = {y._stable_hash_for_caching() for y in (x, x[1:], x[:, 1:], x.t(), x.detach())}  # type: ignore[attr-defined]
     assert len(names) == 5
+
+
+def test_a_gradient_that_waits_has_a_gradient() -> None:
+    results = []
+    for cast in (upcast, Tensor.float):
+        leaf = half()
+        x = cast(leaf * 2)
+        x.register_hook(lambda gradient, cast=cast: cast(gradient.square().bfloat16()))
+        (gradient,) = torch.autograd.grad(x.square().sum(), leaf, create_graph=True)
+        results.append(torch.autograd.grad(gradient.float().sum(), leaf)[0])
+    assert torch.equal(*results)
