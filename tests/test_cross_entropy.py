@@ -273,3 +273,19 @@ def test_nothing_in_fp32_is_as_large_as_the_logits() -> None:
     assert peaks["half"] <= 1.2 * 2 * 2 * rows * classes
     assert peaks["float()"] <= 1.01 * peaks["half"]
     assert peaks["torch's own"] >= 2.2 * peaks["half"]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, where duals are first made
+def test_derivatives_may_go_forward() -> None:
+    logits, target = logits_and_target(torch.bfloat16)
+    tangents = []
+    for ours in (True, False):
+        with torch.autograd.forward_ad.dual_level():
+            x = torch.autograd.forward_ad.make_dual(logits.clone().requires_grad_(), torch.ones_like(logits))
+            if ours:
+                with FP32Functions():
+                    loss = F.cross_entropy(x.square(), target)
+            else:
+                loss = F.cross_entropy(x.square().float(), target)
+            tangents.append(torch.autograd.forward_ad.unpack_dual(loss).tangent)
+    torch.testing.assert_close(*tangents)
