@@ -29,6 +29,7 @@ from .loss_scale import ConstantLossScale, DynamicLossScale, make_loss_scale
 from .masters import MasterWeights
 from .numerics import default_dtype, fp32_sums
 from .optimizer import MasterAdamW
+from .recomputation import recomputed_within
 from .replicas import share_masters
 from .schedules import HeldSchedules
 from .shards import local
@@ -233,9 +234,13 @@ class MasterWeightPipeline:
         if self._autocast:
             autocast = torch.autocast(self._device_type, dtype=self._dtype, cache_enabled=False)
         with ExitStack() as stack:
-            for context in (default_dtype(self._dtype), fp32_sums(), FP32Functions(self._casts), autocast):
+            for context in (default_dtype(self._dtype), fp32_sums(), self._fp32_functions(), autocast):
                 stack.enter_context(context)
+            stack.enter_context(recomputed_within(self._fp32_functions))
             yield
+
+    def _fp32_functions(self) -> AbstractContextManager[Any]:
+        return FP32Functions(self._casts)
 
     # -- backward and the step ----------------------------------------------------------------------------------
 
