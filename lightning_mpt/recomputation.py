@@ -30,12 +30,12 @@ def recomputed_within(context: Callable[[], AbstractContextManager[Any]]) -> Ite
         def apply(function: Callable[..., Any], *args: Any) -> Any:
             return reentrant.apply(partial(run, function), *args)
 
-    checkpointing._checkpoint_without_reentrant_generator = lambda function, *args, **kwargs: plain(
-        partial(run, function), *args, **kwargs
-    )
-    checkpointing.CheckpointFunction = Reentrant
+    def without_reentrant(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return plain(partial(run, function), *args, **kwargs)
+
+    before = {"_checkpoint_without_reentrant_generator": plain, "CheckpointFunction": reentrant}
+    vars(checkpointing).update(_checkpoint_without_reentrant_generator=without_reentrant, CheckpointFunction=Reentrant)
     try:
         yield
     finally:
-        checkpointing._checkpoint_without_reentrant_generator = plain
-        checkpointing.CheckpointFunction = reentrant
+        vars(checkpointing).update(before)

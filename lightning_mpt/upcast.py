@@ -28,6 +28,10 @@ from .storage import HALF_DTYPES
 SMALLEST = 2**20
 """Fewer values are not worth it."""
 
+WIDEST = 2**13
+"""A vocabulary has more classes. What is less wide is a layer's: norms and attention bring theirs to FP32 as well, and
+need it there."""
+
 KINDS = (Tensor, FakeTensor)
 """Types whose casts may wait. Parameters change with every step, and what else there is, such as DTensor, has its own
 ways."""
@@ -50,10 +54,12 @@ ANSWERS = frozenset({aten.argmax.default, aten.argmin.default})
 SAME = frozenset({aten.detach.default, aten.alias.default})
 """Views of all of it, as torch takes them of what it compiles for and expects to be of the same type."""
 
-OTHER_VIEWS = frozenset(
-    {aten.view.dtype, aten.view_as_complex.default, aten._neg_view.default, aten.as_strided.default}
-)
-"""Of other values than those, and by a place in memory: they are taken of the FP32 copy."""
+VIEWS = SAME | {
+    aten.expand.default, aten.permute.default, aten.select.int, aten.slice.Tensor, aten.split.Tensor,
+    aten.split_with_sizes.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.t.default,
+    aten.transpose.int, aten.unbind.int, aten.unsqueeze.default, aten.view.default,
+}  # fmt: skip
+"""Views that show the same values in other places. All others are taken of the FP32 copy."""
 
 
 class _Source:
@@ -160,11 +166,7 @@ class Upcast(Tensor):
         if (parts := func.decompose(*args, **kwargs)) is not NotImplemented:  # inference mode has whole functions done
             return parts
         first = args[0] if args and isinstance(args[0], cls) else None
-        if (
-            first is not None
-            and func.is_view
-            and (func in SAME or (first._source.still_half and func not in OTHER_VIEWS))
-        ):
+        if first is not None and func in (VIEWS if first._source.still_half else SAME):
             views = func(first.held, *args[1:], **kwargs)
             with torch.inference_mode(first.is_inference()):  # a view made in that mode is what the whole is
                 return tree_map_only(Tensor, lambda view: cls(first._source, view), views)
@@ -275,6 +277,7 @@ class Casts:
         return (
             not torch.compiler.is_compiling()
             and large(half)
+            and half.shape[-1] > WIDEST
             and half.requires_grad
             and torch.is_grad_enabled()
             and self._are_logits.get(half.shape[-1], True)

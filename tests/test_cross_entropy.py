@@ -24,6 +24,7 @@ ULP = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Serve few logits too, and in steps of three rows."""
     monkeypatch.setattr("lightning_mpt.upcast.SMALLEST", 1)
+    monkeypatch.setattr("lightning_mpt.upcast.WIDEST", 0)
     monkeypatch.setitem(reference.LOGITS_AT_ONCE, "cpu", 3 * CLASSES + 1)
 
 

@@ -245,6 +245,7 @@ def test_second_and_forward_mode_derivatives() -> None:
 @pytest.fixture
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_mpt.upcast.SMALLEST", 1)
+    monkeypatch.setattr("lightning_mpt.upcast.WIDEST", 0)
 
 
 CASTS: list[Step] = [
@@ -310,7 +311,7 @@ class LanguageModel(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        shape: dict[str, Any] = {"n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 4096, "n_positions": 64}
+        shape: dict[str, Any] = {"n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 9000, "n_positions": 64}
         none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
         self.net = GPT2LMHeadModel(GPT2Config(**shape, **none, bos_token_id=None, eos_token_id=None)).train()
         self.losses: list[float] = []
@@ -328,8 +329,8 @@ def test_a_network_of_transformers_trains_with_no_logits_in_fp32(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its peak is less by what the FP32 copy takes beyond the half gradient; its losses are the same."""
-    tokens = torch.randint(4096, (8, 64), generator=torch.Generator().manual_seed(0))
-    logits = 8 * 64 * 4096
+    tokens = torch.randint(9000, (8, 64), generator=torch.Generator().manual_seed(0))
+    logits = 8 * 64 * 9000
     runs = {}
     for waits in (True, False):
         module = LanguageModel()
