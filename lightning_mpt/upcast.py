@@ -142,6 +142,10 @@ class Upcast(Tensor):
         """The values as they are by now, half or FP32."""
         return self._shown if self._source.fp32 is None else self.in_fp32()
 
+    def memory_parts(self) -> list[Tensor]:
+        """For the memory profiler: what takes memory for this."""
+        return [self.held]
+
     def _part_of(self, whole: Tensor) -> Tensor:
         return whole.as_strided(self.size(), self.stride(), self.storage_offset() + whole.storage_offset())
 

@@ -5,21 +5,22 @@ from typing import Any
 
 import torch
 
-from lightning_mpt.upcast import Upcast
-
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def parts_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The plain strided tensors that hold a tensor's data: several for a sparse one or a wrapper (DTensor)."""
+    """The plain strided tensors that hold a tensor's data: several for a sparse one or a wrapper (DTensor).
+
+    A wrapper that has a method `memory_parts()` knows best: it may hold other memory than torch is told of.
+    """
     if type(tensor) in _PLAIN and tensor.layout is torch.strided:  # nearly always: asked of every saved tensor
         yield tensor
     elif tensor.layout in (torch.sparse_coo,):
         yield from (tensor._indices(), tensor._values())
     elif tensor.layout is not torch.strided:
         return
-    elif isinstance(tensor, Upcast):
-        yield tensor.held
+    elif hasattr(tensor, "memory_parts"):
+        yield from tensor.memory_parts()
     elif torch.utils._python_dispatch.is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         for name in names:
