@@ -6,10 +6,12 @@ values (`cross_entropy.py`). So the copy is not made: an `Upcast` stands for it,
 for the float32 tensor that it is equal to. Views and copies of it are such tensors again. Whatever else is asked of it
 is asked of the FP32 copy, which is made then.
 
-Gradients go the same way back: that of the logits is half, and the cast would round it to half in any case.
+Gradients go the same way back: that of the logits is half, and the cast would round it to half in any case. So is, for
+whoever looks at it, that of the FP32 tensor.
 
 A copy is not changed by what happens to the original later. So where the half values are about to be changed in place,
-the copy is made before (`before_call`), and where that could not be seen, using it is an error.
+the copy is made before (`before_call`), and where that is found out only later, by the tensor's version, using it is an
+error. A kernel that writes to an address, and counts no version, is not seen.
 """
 
 from collections.abc import Callable
