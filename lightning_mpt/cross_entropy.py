@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .kernels import cross_entropy_kernel_for
 from .shards import layout
-from .upcast import INSTEAD, Upcast, half_values, large
+from .upcast import INSTEAD, Upcast, half_values, large, original
 
 
 def instead_of_torchs(
@@ -29,10 +29,11 @@ def instead_of_torchs(
     label_smoothing: float = 0.0,
 ) -> Tensor | None:
     """What `F.cross_entropy` gives for these arguments of its own; None where they are not for what is here."""
+    if torch.compiler.is_compiling() or not isinstance(input, Tensor):
+        return None
+    input = original(input)
     served = (
-        not torch.compiler.is_compiling()
-        and isinstance(input, Tensor)
-        and isinstance(target, Tensor)
+        isinstance(target, Tensor)
         and layout(input) is layout(target) is None
         and torch._C._functorch.maybe_current_level() is None  # vmap, and what is built on it
         and torch.autograd.forward_ad._current_level < 0

@@ -96,8 +96,8 @@ class FP32Functions(TorchFunctionMode):
     """Within it, losses, linear algebra, distances and Fourier transforms compute in FP32 where they are given half.
 
     Cross entropy over many classes is computed in FP32 without an FP32 copy of all logits (`cross_entropy.py`), also
-    where the caller brings them to FP32: that copy waits until something needs it (`upcast.py`). A number that the
-    half type does not reach, such as -1e9 or FP32's lowest in a mask, becomes the last one that it does.
+    where the caller brings them to FP32: a vocabulary's copy waits until something needs it (`upcast.py`). A number
+    that the half type does not reach, such as -1e9 or FP32's lowest in a mask, becomes the last one that it does.
 
     Args:
         casts: what decides about the callers' casts, and learns from each.
@@ -113,8 +113,8 @@ class FP32Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         if not torch.compiler.is_compiling():
             before_call(func, args, kwargs)
-            if func in CASTS and (cast := self._casts.cast(func, args, kwargs)) is not None:
-                return cast
+            if func in CASTS:
+                return self._casts.cast(func, args, kwargs)
         way = WAYS.get(func)
         return func(*args, **kwargs) if way is None else way(func, args, kwargs)
 

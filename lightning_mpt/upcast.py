@@ -24,6 +24,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .storage import HALF_DTYPES
 
@@ -257,7 +258,7 @@ def upcast(half: Tensor, learn: Learn | None = None) -> Tensor:
 
 
 class Casts:
-    """Callers' casts to FP32, which wait where the copy may never be needed.
+    """Callers' casts to FP32, which wait where the copy may never be needed. Of others it is remembered what was cast.
 
     Learns, by the size of a tensor's last dimension, whether cross entropy takes such tensors, for which the half
     values do. Where something else made the copy, it is made at once from then on.
@@ -266,14 +267,19 @@ class Casts:
     def __init__(self) -> None:
         self._are_logits: dict[int, bool] = {}
 
-    def cast(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Tensor | None:
-        """What `func`, one of the functions that cast their first argument, gives, if it waits; else None."""
+    def cast(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        """What `func`, one of the functions that cast their first argument, gives."""
         half = args[0]
-        if half.dtype not in HALF_DTYPES or "memory_format" in kwargs or not self._may_wait(half):
-            return None
-        to = func(half.detach().flatten()[:0], *args[1:], **kwargs)  # an empty tensor tells
-        waits = isinstance(to, Tensor) and to.dtype == torch.float32 and to.device == half.device
-        return self._waiting(half) if waits else None
+        if half.dtype not in HALF_DTYPES or not _may_be_logits(half):
+            return func(*args, **kwargs)
+        if "memory_format" not in kwargs and self._may_wait(half):
+            to = func(half.detach().flatten()[:0], *args[1:], **kwargs)  # an empty tensor tells
+            if isinstance(to, Tensor) and to.dtype == torch.float32 and to.device == half.device:
+                return self._waiting(half)
+        copy = func(*args, **kwargs)
+        if isinstance(copy, Tensor) and copy.dtype == torch.float32:
+            COPIES[copy] = half, half._version, copy._version
+        return copy
 
     def to_fp32(self, half: Tensor) -> Tensor:
         """`half.float()`, which may wait."""
@@ -281,16 +287,11 @@ class Casts:
 
     def _may_wait(self, half: Tensor) -> bool:
         return (
-            not torch.compiler.is_compiling()
-            and large(half)
+            _may_be_logits(half)
             and half.shape[-1] > WIDEST
-            and half.requires_grad
-            and torch.is_grad_enabled()
             and self._are_logits.get(half.shape[-1], True)
-            and type(half) in KINDS
             and type(half._base) is not torch.nn.Parameter
             and half.is_contiguous()
-            and torch._C._functorch.maybe_current_level() is None
         )
 
     def _waiting(self, half: Tensor) -> Tensor:
@@ -306,6 +307,32 @@ class Casts:
 def large(tensor: Tensor) -> bool:
     """Whether a copy of this tensor is worth a detour."""
     return tensor.numel() >= SMALLEST
+
+
+def _may_be_logits(half: Tensor) -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and large(half)
+        and half.requires_grad
+        and torch.is_grad_enabled()
+        and type(half) in KINDS
+        and torch._C._functorch.maybe_current_level() is None
+    )
+
+
+COPIES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""FP32 copies that were made at once: what each is of, and the versions that both had."""
+
+
+def original(tensor: Tensor) -> Tensor:
+    """What an FP32 copy that was made at once is of, in the same shape; of any other tensor, itself."""
+    if tensor.dtype != torch.float32:
+        return tensor
+    copy = tensor if tensor._base is None else tensor._base
+    half, *versions = COPIES.get(copy, (None,))
+    if half is None or versions != [half._version, copy._version] or half.numel() != tensor.numel():
+        return tensor
+    return half.view(tensor.shape) if half.is_contiguous() and tensor.is_contiguous() else tensor
 
 
 def before_call(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> None:

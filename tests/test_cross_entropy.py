@@ -165,8 +165,16 @@ def shifted(x: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(x[..., :-1, :].contiguous().view(-1, CLASSES), target[..., 1:].flatten())
 
 
-@pytest.mark.parametrize("call", [as_transformers, as_a_module, by_name, part, shifted])
-def test_it_serves_however_logits_come(served: list[Tensor], call: Callable[[Tensor, Tensor], Tensor]) -> None:
+@pytest.mark.parametrize(
+    ("call", "widest"),
+    [(call, 0) for call in (as_transformers, as_a_module, by_name, part, shifted)]
+    # What is no vocabulary's is copied at once, and remembered.
+    + [(call, CLASSES) for call in (as_transformers, as_a_module, by_name)],
+)
+def test_it_serves_however_logits_come(
+    served: list[Tensor], call: Callable[[Tensor, Tensor], Tensor], widest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_mpt.upcast.WIDEST", widest)
     logits, target = logits_and_target(torch.bfloat16)
     with FP32Functions():
         loss = call(logits.requires_grad_(), target)
@@ -197,8 +205,19 @@ def transposed(x: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(x.float().view(2, -1, CLASSES).transpose(1, 2), target.view(2, -1))
 
 
-@pytest.mark.parametrize("call", [changed, scaled, smoothed, weighted, transposed])
-def test_anything_else_is_torchs_own_in_fp32(served: list[Tensor], call: Callable[[Tensor, Tensor], Tensor]) -> None:
+def written_before(x: Tensor, target: Tensor) -> Tensor:
+    fp32 = x.float()
+    x.data.mul_(2)
+    x.detach().mul_(0.5)  # the values that it had, but who would know
+    return F.cross_entropy(fp32, target)
+
+
+@pytest.mark.parametrize("widest", [0, CLASSES])
+@pytest.mark.parametrize("call", [changed, scaled, smoothed, weighted, transposed, written_before])
+def test_anything_else_is_torchs_own_in_fp32(
+    served: list[Tensor], call: Callable[[Tensor, Tensor], Tensor], widest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_mpt.upcast.WIDEST", widest)
     logits, target = logits_and_target(torch.bfloat16)
     with FP32Functions():
         loss = call(logits.clone().requires_grad_(), target)

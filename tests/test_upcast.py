@@ -336,7 +336,7 @@ def test_a_network_of_transformers_trains_with_no_logits_in_fp32(
         module = LanguageModel()
         profiler = MemoryProfiler(tmp_path / str(waits), warmup_steps=1, steps=2)
         if not waits:
-            monkeypatch.setattr(Casts, "cast", lambda *_: None)
+            monkeypatch.setattr(Casts, "cast", lambda self, func, args, kwargs: func(*args, **kwargs))
         fit(module, [(tokens,)] * 4, MasterWeightPrecision("bf16-true"), profiler=profiler)
         assert profiler.report is not None
         runs[waits] = (module.losses, profiler.report.peak_bytes)
