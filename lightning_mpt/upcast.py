@@ -177,7 +177,7 @@ class Upcast(Tensor):
             views = func(first.held, *args[1:], **kwargs)
             with torch.inference_mode(first.is_inference()):  # a view made in that mode is what the whole is
                 return tree_map_only(Tensor, lambda view: cls(first._source, view), views)
-        if first is not None and func in MOVES | ANSWERS and (half := first.half_values) is not None:
+        if first is not None and (func in MOVES or func in ANSWERS) and (half := first.half_values) is not None:
             result = func(half, *args[1:], **kwargs)
             return result if func in ANSWERS else cls.of(result, first._source.learn)
         plain_args, plain_kwargs = tree_map_only(cls, cls.in_fp32, (args, kwargs))
@@ -283,12 +283,12 @@ class Casts:
 
     def to_fp32(self, half: Tensor) -> Tensor:
         """`half.float()`, which may wait."""
-        return self._waiting(half) if self._may_wait(half) else half.float()
+        return self._waiting(half) if _may_be_logits(half) and self._may_wait(half) else half.float()
 
     def _may_wait(self, half: Tensor) -> bool:
+        """Whether what may be logits may be a vocabulary's."""
         return (
-            _may_be_logits(half)
-            and half.shape[-1] > WIDEST
+            half.shape[-1] > WIDEST
             and self._are_logits.get(half.shape[-1], True)
             and type(half._base) is not torch.nn.Parameter
             and half.is_contiguous()

@@ -11,8 +11,7 @@ import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from training import Classifier, adamw, classification, fit, loader, mlp, trainer
-from transformers import GPT2Config, GPT2LMHeadModel
+from training import Classifier, TiedGPT2, adamw, classification, fit, loader, mlp, trainer
 
 from lightning_mpt import PRESETS, MasterAdamW, MasterWeightPrecision
 from lightning_mpt.kernels import tiling
@@ -26,24 +25,6 @@ ROUNDING = {"rtol": 1e-5, "atol": 1e-7}
 
 def released(**options: Any) -> MasterWeightPrecision:
     return MasterWeightPrecision(**{"precision": "bf16-true", "gradient_release": True, **options})
-
-
-class TiedGPT2(L.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        shape: dict[str, Any] = {"n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 64, "n_positions": 32}
-        none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        self.net = GPT2LMHeadModel(GPT2Config(**shape, **none, bos_token_id=None, eos_token_id=None)).train()
-        self.losses: list[float] = []
-
-    def training_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
-        loss: Tensor = self.net(input_ids=batch[0], labels=batch[0]).loss
-        self.losses.append(loss.item())
-        return loss
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
 def no_decay_of_vectors(module: L.LightningModule) -> torch.optim.Optimizer:

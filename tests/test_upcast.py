@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,8 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from training import fit
-from transformers import GPT2Config, GPT2LMHeadModel
+from training import TiedGPT2, fit
 
 from lightning_mpt import MasterWeightPrecision
 from lightning_mpt.fp32_functions import FP32Functions
@@ -305,26 +303,6 @@ def test_what_is_needed_in_fp32_waits_once_and_logits_always() -> None:
         assert type(normed) is Tensor
 
 
-class LanguageModel(L.LightningModule):
-    """transformers' GPT-2, whose loss brings logits to FP32, with more of them than anything else."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        shape: dict[str, Any] = {"n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 9000, "n_positions": 64}
-        none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        self.net = GPT2LMHeadModel(GPT2Config(**shape, **none, bos_token_id=None, eos_token_id=None)).train()
-        self.losses: list[float] = []
-
-    def training_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
-        loss: Tensor = self.net(input_ids=batch[0], labels=batch[0]).loss
-        self.losses.append(loss.item())
-        return loss
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-3)
-
-
 def test_a_network_of_transformers_trains_with_no_logits_in_fp32(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,7 +311,7 @@ def test_a_network_of_transformers_trains_with_no_logits_in_fp32(
     logits = 8 * 64 * 9000
     runs = {}
     for waits in (True, False):
-        module = LanguageModel()
+        module = TiedGPT2(n_layer=1, n_embd=32, vocab_size=9000, n_positions=64)
         profiler = MemoryProfiler(tmp_path / str(waits), warmup_steps=1, steps=2)
         if not waits:
             monkeypatch.setattr(Casts, "cast", lambda self, func, args, kwargs: func(*args, **kwargs))

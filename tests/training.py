@@ -152,3 +152,29 @@ def fit(
     ours = trainer(plugin, **options)
     ours.fit(module, loader(batches))
     return ours
+
+
+class TiedGPT2(L.LightningModule):
+    """transformers' GPT-2, without dropout: its head is its embedding, and its loss brings the logits to FP32.
+
+    Args:
+        shape: what a small one of its configuration is to be, where it is not this one.
+    """
+
+    def __init__(self, **shape: int) -> None:
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        super().__init__()
+        torch.manual_seed(0)
+        small: dict[str, Any] = {"n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 64, "n_positions": 32, **shape}
+        none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        self.net = GPT2LMHeadModel(GPT2Config(**small, **none, bos_token_id=None, eos_token_id=None)).train()
+        self.losses: list[float] = []
+
+    def training_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
+        loss: Tensor = self.net(input_ids=batch[0], labels=batch[0]).loss
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
