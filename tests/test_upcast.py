@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from halves import SHAPE, Step, half
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,16 +22,6 @@ from lightning_mpt import MasterWeightPrecision
 from lightning_mpt.fp32_functions import FP32Functions
 from lightning_mpt.profiler import MemoryProfiler
 from lightning_mpt.upcast import Casts, Upcast, half_values, upcast
-
-SHAPE = (4, 6)
-Step = Callable[[Tensor], Tensor]
-
-
-def half(seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Half values that are no leaf."""
-    leaf = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
-    leaf.retain_grad()
-    return leaf
 
 
 def set_first(x: Tensor) -> None:
@@ -390,44 +381,6 @@ def test_in_inference_mode_it_is_what_it_is() -> None:
         for step in (Tensor.clone, lambda x: x[:, 1:].contiguous(), lambda x: x.t().reshape(-1), lambda x: x[1:]):
             assert torch.equal(step(x), step(plain))
     assert torch.equal(x + 0, plain)
-
-
-def in_compiled(function: Step) -> Step:
-    result: Step = torch.compile(function, backend="aot_eager")
-    return result
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("part", [lambda x: x, lambda x: x[1:, ::2], lambda x: x.t()], ids=["all", "part", "turned"])
-@pytest.mark.parametrize(
-    "function",
-    [lambda x: x[1:].contiguous(), lambda x: x.view_as(x), lambda x: (x[1:], x.exp())[0], lambda x: x.clone()],
-    ids=["part", "same", "two", "copy"],
-)
-def test_compiled_functions_take_it_and_give_it_back(part: Step, function: Step) -> None:
-    torch._dynamo.reset()
-    gradients = []
-    for ours in (True, False):
-        leaf = half()
-        x = part((upcast if ours else Tensor.float)(leaf * 2))  # type: ignore[operator]
-        (in_compiled(function)(x) * 2 if ours else function(x) * 2).sum().backward()
-        gradients.append(leaf.grad)
-    assert torch.equal(*gradients)  # type: ignore[arg-type]
-
-
-def test_what_a_compiled_function_writes_is_seen() -> None:
-    torch._dynamo.reset()
-    x = upcast(half() * 2)
-    in_compiled(lambda x: x.mul_(2))(x.detach())
-    assert half_values(x) is None
-    assert torch.equal(x + 0, half() * 4.0)
-
-
-def test_compiled_code_is_for_one_shape() -> None:
-    """It is found again by this name, in later processes too."""
-    x = upcast(half() * 2)
-    names = {y._stable_hash_for_caching() for y in (x, x[1:], x[:, 1:], x.t(), x.detach())}  # type: ignore[attr-defined]
-    assert len(names) == 5
 
 
 def test_a_gradient_that_waits_has_a_gradient() -> None:
