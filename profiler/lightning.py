@@ -26,7 +26,7 @@ from .files import keep, made_path
 from .ledger import BACKWARD, CLIP, OPTIMIZER_STEP
 from .out_of_memory import explain, is_out_of_memory
 from .ranks import worst
-from .recorder import check_bounds
+from .recorder import check_bounds, ended_by
 from .report import MemoryReport
 from .show.words import count_of
 
@@ -60,7 +60,7 @@ class MemoryProfiler(Profiler):
             https://pytorch.org/memory_viz. On CPU nothing is written, and a note says so.
             Processes of a rank above 0 add `-RANK` to the names of both.
 
-    Where fit ends in an exception after the recorded steps, Ctrl-C included, they are printed and written all the same.
+    Where fit ends in an exception, Ctrl-C included, the steps recorded by then are printed and written all the same.
     Where it runs out of memory, what was live then is printed, kept as `out_of_memory_report`, and written beside the
     report, before the exception goes on.
 
@@ -254,12 +254,16 @@ class MemoryProfiler(Profiler):
     def _fail(self, error: BaseException) -> None:
         """An exception passes through: show what was live if memory ran out, and let it go on."""
         session = self._schedule.session if self._schedule is not None else None
+        counted = self._schedule.counted if self._schedule is not None else 0
         if is_out_of_memory(error) and not self._ran_out and self._stage == "fit":
             self._ran_out = True  # the exception passes through further actions
             self.out_of_memory_report = report = explain(error, lambda: session or self._make_session())
             if report is not None:
                 with suppress(OSError):  # nothing may get in the way of the exception, not even a warning
                     report.save(made_path(self._report_path("_out_of_memory")))
+        elif counted:
+            with suppress(Exception):
+                self._finish(ended_by(error, counted))
         if session is not None:
             self._abort()
             self._why_none = f"a training step ended in {type(error)!r}, and the recording with it"

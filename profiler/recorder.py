@@ -1,6 +1,7 @@
 """MemoryRecorder: the profiler round any PyTorch loop."""
 
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -46,8 +47,8 @@ class MemoryRecorder:
         save_snapshot: where to keep the CUDA allocator's own account of the recorded steps, with Python stacks, for
             https://pytorch.org/memory_viz. On CPU nothing is written, and a note says so.
 
-    Where the loop runs out of memory, what was live then is printed, and kept as `out_of_memory_report`, before the
-    exception goes on.
+    Where the block ends in an exception, Ctrl-C included, the report is of the steps counted by then. Where the loop
+    runs out of memory, what was live then is printed, and kept as `out_of_memory_report`, before the exception goes on.
 
     On CUDA the device's peak statistics are reset at the beginning of every recorded step.
 
@@ -119,11 +120,15 @@ class MemoryRecorder:
             self._finish()
             return
         self._ended_in = f"the `with` block ended in {kind!r}, and the recording with it"
+        counted = self._schedule.counted if self._schedule is not None else 0
         if is_out_of_memory(error):
             session = self._schedule.session if self._schedule is not None else None
             self.out_of_memory_report = explain(error, lambda: session or self._make_session())
             if self.out_of_memory_report is not None:
                 self._ended_in += "; what was live then is in `out_of_memory_report`"
+        elif counted:
+            with suppress(Exception):  # nothing may get in the way of the exception
+                self._finish(ended_by(error, counted))
         if self._schedule is not None:
             self._schedule.abort()
             self._schedule = None
@@ -157,14 +162,20 @@ class MemoryRecorder:
             save_snapshot=self._save_snapshot,
         )
 
-    def _finish(self) -> None:
+    def _finish(self, *notes: str) -> None:
         schedule, self._schedule = self._schedule, None
         recording = schedule.finish() if schedule is not None else None
         if recording is None:
             return
+        recording.notes += notes
         self._report = MemoryReport.from_recording(recording)
         if self._save_trace is not None:
             keep("The trace", recording.save, self._save_trace)
+
+
+def ended_by(error: BaseException, counted: int) -> str:
+    """The note of a report whose recording ended in an exception."""
+    return f"{type(error).__name__} ended the recording after {count_of(counted, 'step')}."
 
 
 def check_bounds(warmup_steps: int, steps: int | None, max_events: int) -> None:

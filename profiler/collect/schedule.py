@@ -48,15 +48,20 @@ class Schedule:
         counted = self.session.counted_steps
         return counted > 0 and (counted == self._steps or self.session.full)
 
+    @property
+    def counted(self) -> int:
+        """How many steps were counted so far."""
+        return 0 if self.session is None else self.session.counted_steps
+
     def finish(self) -> Recording | None:
         """Switch off and give what was counted; None where nothing was."""
         session, self.session = self.session, None
         if session is None:
             return None
-        if not session.counted_steps:
-            session.abort()
-            return None
-        return session.finish()
+        try:
+            return session.finish() if session.counted_steps else None
+        finally:
+            session.abort()  # does nothing after `finish`
 
     def abort(self) -> None:
         """Switch off and forget."""

@@ -168,11 +168,11 @@ class Session:
         return recording
 
     def _recording(self, windows: list[Window], notes: list[str]) -> Recording:
-        self.active = False
-        self._opened_ns = None
         owners = self._owners
         owners.remove()
         start, events = self._source.stop()
+        self.active = False
+        self._opened_ns = None
         buckets = bucket_bytes(self._wrapper)
         return Recording(
             device=str(self.device),

@@ -152,11 +152,14 @@ def test_recording_changes_no_result_and_is_on_in_its_steps_only(tmp_path: Any) 
     assert recorded.hooks_seen == [False, True, True, True, True, False, False, False]
 
 
+@pytest.mark.parametrize("warmup_steps", [2, 3], ids=["counted", "warming-up"])
 @pytest.mark.parametrize("where", ["training_step", "on_after_backward", "on_train_batch_end"])
 @pytest.mark.parametrize("while_handling", [False, True], ids=["", "while-handling-another"])
-def test_an_exception_switches_it_off(where: str, while_handling: bool, tmp_path: Any, callbacks: int) -> None:
+def test_an_exception_switches_it_off(
+    where: str, while_handling: bool, warmup_steps: int, tmp_path: Any, callbacks: int, capsys: Any
+) -> None:
     module = Classifier(fail_in=where)
-    profiler = MemoryProfiler()
+    profiler = MemoryProfiler(warmup_steps=warmup_steps)
     built = trainer(profiler, tmp_path)
     try:
         if while_handling:
@@ -168,8 +171,14 @@ def test_an_exception_switches_it_off(where: str, while_handling: bool, tmp_path
         with pytest.raises(RuntimeError, match="the step fails"):
             built.fit(module, data())
     assert_all_is_off(module, built, callbacks)
-    with pytest.raises(RuntimeError, match=r"ended in .*RuntimeError"):
-        _ = profiler.report
+    counted = warmup_steps < 3  # the third step is the last that came to its end
+    if counted:
+        assert profiler.report.notes == ("RuntimeError ended the recording after 1 step.",)
+        assert MemoryReport.load(tmp_path / "memory_report.json") == profiler.report
+    else:
+        with pytest.raises(RuntimeError, match=r"ended in .*RuntimeError"):
+            _ = profiler.report
+    assert capsys.readouterr().out.count("phase peaks") == int(counted)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("the step fails"), KeyboardInterrupt()], ids=["error", "ctrl-c"])

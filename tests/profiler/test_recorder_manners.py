@@ -9,6 +9,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_mpt.profiler import MemoryRecorder
+from lightning_mpt.profiler.collect.sources import CPUSource
 
 from .hooks import assert_all_is_off, hooks_on
 from .loops import LOOPS, Loop, blocks, mlp, record
@@ -111,6 +112,45 @@ def test_an_exception_switches_everything_off(failing: Loop) -> None:
     assert not torch._C._autograd._profiler_enabled()
     with pytest.raises(RuntimeError, match=r"no memory report: the `with` block ended in <class 'RuntimeError'>"):
         _ = recorder.report
+
+
+@pytest.mark.parametrize("error", [ValueError("no batch"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
+def test_what_was_counted_before_an_exception_is_reported(error: BaseException) -> None:
+    loop, plain = mlp(), mlp()
+    recorder = MemoryRecorder(loop.module, loop.optimizer)
+
+    def run() -> None:
+        with recorder:
+            for i in range(2):
+                loop.step(i)
+                recorder.step()
+            loop.module(torch.randn(8, 64)).sum()  # of a third, which does not count
+            raise error
+
+    with pytest.raises(type(error)):
+        run()
+    assert hooks_on(loop.module) == []
+    assert not torch._C._autograd._profiler_enabled()
+    report, whole = recorder.report, record(plain, warmup_steps=0)
+    assert report.notes == (f"{type(error).__name__} ended the recording after 2 steps.",)
+    assert (report.steps, report.peak_bytes, report.categories) == (2, whole.peak_bytes, whole.categories)
+
+
+def test_nothing_stays_on_where_the_report_of_an_exception_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = mlp()
+    recorder = MemoryRecorder(loop.module, loop.optimizer)
+    monkeypatch.setattr(CPUSource, "stop", _fail)
+
+    def run() -> None:
+        with recorder:
+            loop.step(0)
+            recorder.step()
+            raise ValueError("no batch")
+
+    with pytest.raises(ValueError, match="no batch"):
+        run()
+    assert hooks_on(loop.module) == []
+    assert not torch._C._autograd._profiler_enabled()
 
 
 def test_a_trace_that_cannot_be_written_costs_a_warning_and_no_report(tmp_path: Path) -> None:
