@@ -144,3 +144,8 @@ def _by_place(gradients: list[Tensor]) -> dict[tuple[torch.device, Layout | None
     for gradient in gradients:
         alike.setdefault((gradient.device, layout(gradient)), []).append(local(gradient))
     return alike
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """The optimizer inside what the Trainer or Fabric hands to users."""
+    return getattr(optimizer, "optimizer", optimizer)

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from .base import MasterOptimizer
+from .base import MasterOptimizer, unwrapped
 from .bridge import refuse_unfit
 from .loss_scale import ConstantLossScale, DynamicLossScale
-from .pipeline import Clip, MasterWeightPipeline, unwrapped
+from .pipeline import Clip, MasterWeightPipeline
 
 
 class FabricMasterWeightPrecision(MasterWeightPipeline, Precision):

@@ -8,8 +8,9 @@ weight as it is, element by element, so that a write that changes nothing costs 
   is read, and by a step where the tensor's version has changed.
 - A split one has no weight of its own to compare with. That somebody wrote shows in the tensor's version, which counts
   in-place writes; the first time every element starts again, and from then on a copy of the weight (2 bytes a
-  parameter, of those that somebody writes) tells which elements to take. A write through `.data` is not counted: the
-  master is then the new weight plus an old correction of at most half a unit in its last place.
+  parameter, of those that somebody writes) tells which elements to take; in a resumed run, from its beginning. A write
+  through `.data` is not counted: the master is then the new weight plus an old correction of at most half a unit in its
+  last place.
 """
 
 from collections.abc import Iterator, Sequence
@@ -45,6 +46,8 @@ class MasterWeights:
         """Each parameter's version when it was its master's rounding."""
         self._shared: set[Tensor] = set()
         """The parameters that somebody else writes to as well."""
+        self._watched: set[Tensor] = set()
+        """Those that may be written to before the next step, as one is whose module is loaded too."""
         self.replaced = 0
         """How often a tensor that stores a master was put in the place of another, or was taken away."""
 
@@ -109,6 +112,9 @@ class MasterWeights:
             for parameter in parameters:
                 written(parameter)
         self._versions.update(zip(parameters, map(VERSION, parameters), strict=True))
+        for parameter in self._watched and self._watched.intersection(parameters):
+            self._watched.discard(parameter)
+            self._put(parameter, self._entries[parameter]._replace(seen=None))
         for parameter in self._shared and self._shared.intersection(parameters):
             seen = self._entries[parameter].seen
             if seen is not None:
@@ -150,11 +156,32 @@ class MasterWeights:
             storage.decode(flat(weight)[part], flat(stored)[part], out, scratch[: len(out)])
         return sharded_like(value, parameter)
 
+    def shared(self) -> set[Tensor]:
+        """The parameters that somebody else writes to as well, as far as that has been seen."""
+        for parameter in list(self._entries):
+            self._current(parameter)
+        return self._shared
+
+    def expect_writes(self, parameter: Tensor, *, once: bool = False) -> None:
+        """Somebody else is going to write to the parameter, which is now still its master's rounding.
+
+        Args:
+            parameter: the half parameter.
+            once: before the next step, and not after it.
+        """
+        if parameter in self._shared:
+            return
+        (self._watched if once else self._shared).add(parameter)
+        entry = self._entries.get(parameter)
+        if entry is not None:
+            self._enter(parameter, entry.storage, entry.stored)
+
     def drop(self, parameter: Tensor) -> None:
         """Forget the parameter's master."""
         self._entries.pop(parameter, None)
         self._versions.pop(parameter, None)
         self._shared.discard(parameter)
+        self._watched.discard(parameter)
         self.replaced += 1
 
     def __contains__(self, parameter: Tensor) -> bool:
@@ -169,8 +196,8 @@ class MasterWeights:
 
     def _enter(self, parameter: Tensor, storage: MasterStorage, stored: Tensor) -> None:
         """Keep `stored` for a parameter that is its rounding."""
-        split = storage.dtype != torch.float32
-        seen = local(parameter).detach().clone() if split and parameter in self._shared else None
+        compared = storage.dtype != torch.float32 and (parameter in self._shared or parameter in self._watched)
+        seen = local(parameter).detach().clone() if compared else None
         self._put(parameter, _Entry(storage, stored, seen))
         self._versions[parameter] = parameter._version
 
@@ -195,8 +222,8 @@ class MasterWeights:
                 self._put(parameter, entry._replace(stored=stored))
             self._versions[parameter] = parameter._version
         elif self._versions[parameter] != parameter._version:
-            self._shared.add(parameter)
             if entry.seen is None:
+                self._shared.add(parameter)
                 del self._entries[parameter], self._versions[parameter]
                 self.replaced += 1
                 return None
@@ -211,7 +238,7 @@ class MasterWeights:
         return {"entries": entries, "shared": self._shared}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._entries, self._versions, self._shared, self.replaced = {}, {}, state["shared"], 0
+        self._entries, self._versions, self._shared, self._watched, self.replaced = {}, {}, state["shared"], set(), 0
         for parameter, (storage, stored) in state["entries"]:
             self._enter(parameter, storage, stored)  # a copied or unpickled parameter counts its versions anew
 

@@ -318,6 +318,7 @@ class MasterAdamW(MasterOptimizer, AdamW):
             master = state.pop("master", None)
             if master is not None and parameter.dtype in HALF_DTYPES:
                 self.masters.write(parameter, master.clone(), self.storage)
+                self.masters.expect_writes(parameter, once=True)  # the module's half weights may be loaded after this
             elif master is not None:
                 parameter.copy_(master)
             if state:

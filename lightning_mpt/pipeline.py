@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam, AdamW, Optimizer
 
-from .base import Scan
+from .base import Scan, unwrapped
 from .bridge import BridgedOptimizer, bridge
 from .conversion import ConvertedModule, module_types
 from .diagnosis import Watch
@@ -94,6 +94,8 @@ class MasterWeightPipeline:
         self._watches: list[Watch] = []
         self._device_type = "cpu"
         self._casts = Casts()
+        self._written: list[list[str]] = []
+        """Names of the weights that somebody else writes to, of each module: what they are now, or were at the end."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.precision!r})"
@@ -182,6 +184,7 @@ class MasterWeightPipeline:
 
     def _let_go(self) -> None:
         """Schedules, optimizers and modules are again what they were, with what they have learnt, in FP32."""
+        self._written_weights()
         adopted, self._adopted = self._adopted, []
         converted, self._converted = self._converted, []
         self._replicas = {}
@@ -327,12 +330,26 @@ class MasterWeightPipeline:
     # -- the plugin's own state ---------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The loss scale, the number of skipped steps, and what schedules owe for them, as Python numbers."""
+        """The loss scale, the number of skipped steps, and what schedules owe for them, as Python numbers.
+
+        And, where the user writes to weights as well, their names, for each module in the order of setting up.
+        """
+        written = self._written_weights()
         return {
             "loss_scale": self._loss_scale.state_dict(),
             "skipped_steps": self.skipped_steps,
             "held_schedules": self._schedules.state_dict(),
+            **({"written_weights": written} if any(written) else {}),
         }
+
+    def _written_weights(self) -> list[list[str]]:
+        if self._converted:
+            shared = self._masters.shared()
+            self._written = [
+                [name for parameter, name in converted.parameters.items() if parameter in shared]
+                for converted in self._converted
+            ]
+        return self._written
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what `state_dict` gave. ValueError where something is missing, or is not what it should be."""
@@ -353,6 +370,10 @@ class MasterWeightPipeline:
         self._load_scale(state_dict["loss_scale"])
         self._skips.total = skipped
         self._schedules.load_state_dict(state_dict.get("held_schedules", ()))
+        for converted, names in zip(self._converted, state_dict.get("written_weights", ()), strict=False):
+            for parameter, name in converted.parameters.items():
+                if name in names:
+                    self._masters.expect_writes(parameter)
 
     def _reload(self, converted: ConvertedModule, path: str | Path | None, name: str | None) -> None:
         """Where torch has loaded a file into half parameters alone, give the masters the FP32 values that it holds.
@@ -376,8 +397,3 @@ class MasterWeightPipeline:
         self._loss_scale.load_state_dict(state_dict)
         self._gradients_scale = self._loss_scale.scale
         self._skips.scale = self.loss_scale
-
-
-def unwrapped(optimizer: Any) -> Any:
-    """The optimizer inside what the Trainer or Fabric hands to users."""
-    return getattr(optimizer, "optimizer", optimizer)

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from .base import Scan
+from .base import Scan, unwrapped
 from .bridge import BridgedOptimizer, refuse_unfit
 from .callbacks import AveragedMasters, LogMetrics, ReloadMasters, name_file
 from .loss_scale import ConstantLossScale, DynamicLossScale
 from .numerics import default_dtype
 from .optimizer import MasterAdamW
-from .pipeline import Clip, MasterWeightPipeline, unwrapped
+from .pipeline import Clip, MasterWeightPipeline
 from .release import GradientRelease, check_loop
 from .shards import any_sharded
 from .true_gradients import true_gradients

@@ -102,3 +102,25 @@ def test_copies_keep_their_masters(copied: Any) -> None:
     train(optimizer, params, range(5, 8))
     train(other, other.param_groups[0]["params"], range(5, 8))
     assert_same(other.master_params(), optimizer.master_params())
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_the_modules_weights_may_be_loaded_after_the_optimizers_state(storage: str) -> None:
+    """They are the masters' rounding, and so change nothing."""
+    params = parameters(torch.bfloat16)
+    optimizer = MasterAdamW(params, lr=1e-3, master_weights=storage)
+    train(optimizer, params, range(5))
+    weights, state = [param.detach().clone() for param in params], optimizer.state_dict()
+    others = parameters(torch.bfloat16)
+    other = MasterAdamW(others, lr=1e-3, master_weights=storage)
+    other.load_state_dict(copy.deepcopy(state))
+    with torch.no_grad():
+        for param, weight in zip(others, weights, strict=True):
+            param.copy_(weight)
+    assert_same(other.master_params(), optimizer.master_params())
+    for _ in range(2):
+        held = sum(stored.nbytes for _, stored in other.masters)
+        train(other, others, range(5, 6))
+        train(optimizer, params, range(5, 6))
+    assert_same(other.master_params(), optimizer.master_params())
+    assert held == sum(stored.nbytes for _, stored in optimizer.masters)

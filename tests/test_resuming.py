@@ -92,6 +92,16 @@ class Manual(Saves):
             optimizer.step()
 
 
+class Clamping(Saves):
+    """Writes to its half weights before every forward, and changes some."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        with torch.no_grad():
+            for weight in self.net.parameters():
+                weight.clamp_(-0.2, 0.2)
+        return super().training_step(batch, batch_idx)
+
+
 def run(
     ours: MasterWeightPrecision,
     configure: Configure,
@@ -121,7 +131,8 @@ def resumes(
         resumed, same_end = run(make(), configure, kind, ckpt=folder / f"{name}.ckpt")
         assert resumed.losses == whole.losses[SAVED[name] :], name
         assert resumed.scales == whole.scales[SAVED[name] :], name
-        for key in ("state_dict", "optimizer_states", "lr_schedulers", "MasterWeightPrecision"):
+        assert same_end["MasterWeightPrecision"] == end["MasterWeightPrecision"]
+        for key in ("state_dict", "optimizer_states", "lr_schedulers"):
             torch.testing.assert_close(same_end[key], end[key], rtol=0, atol=0)
 
 
@@ -155,6 +166,13 @@ def test_with_every_optimizer_from_anywhere_in_an_epoch(tmp_path: Path, precisio
 def test_amsgrads_third_moment(tmp_path: Path, optimizer_state: str) -> None:
     configure = with_schedule(OPTIMIZERS["amsgrad"])
     resumes(tmp_path, lambda: plugin("bf16-true", optimizer_state=optimizer_state), configure, ["step=4"])
+
+
+@pytest.mark.parametrize("master_weights", MASTER_STORAGES)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_with_weights_that_somebody_else_writes_too(tmp_path: Path, precision: str, master_weights: str) -> None:
+    """What was not changed keeps its master's bits: after the file as before it."""
+    resumes(tmp_path, lambda: plugin(precision, master_weights=master_weights), with_schedule(adamw), kind=Clamping)
 
 
 def test_with_gradients_that_are_released(tmp_path: Path) -> None:
