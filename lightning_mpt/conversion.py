@@ -113,10 +113,10 @@ class ConvertedModule:
                     part.register_forward_pre_hook(_inputs_to_fp32, with_kwargs=True),
                     part.register_forward_hook(self._outputs_to_half),
                 ]
-            self._handles += [
-                part.register_state_dict_post_hook(partial(self._give_fp32)),  # torch marks it: no bound method
-                part.register_load_state_dict_pre_hook(self._take_fp32),
-                part.register_load_state_dict_post_hook(self._write_fp32),
+            self._handles += [  # as functions of nn.Module: what torch.jit.script gives has the hooks, not the methods
+                nn.Module.register_state_dict_post_hook(part, partial(self._give_fp32)),  # torch marks it: no method
+                nn.Module._register_load_state_dict_pre_hook(part, self._take_fp32, with_module=True),
+                nn.Module.register_load_state_dict_post_hook(part, self._write_fp32),
             ]
         self._shards_changed()
 
@@ -268,9 +268,10 @@ class ConvertedModule:
             if not largest < float("inf"):  # NaN too
                 raise ValueError(f"{name} holds inf or NaN before the first step: start from finite weights.")
             if becomes_half and largest > limit:
+                reaching_further = "use 'bf16-true', or " if self._dtype == torch.float16 else ""
                 raise ValueError(
                     f"{name} holds a weight of magnitude {largest:g}, beyond the {limit:g} of {self._dtype}: "
-                    "use 'bf16-true', or rescale the weight."
+                    f"{reaching_further}rescale the weight."
                 )
 
     def _check_sharded_groups(self) -> None:
@@ -381,15 +382,3 @@ def _inputs_to_fp32(module: nn.Module, args: Any, kwargs: Any) -> Any:
 def _cast(value: Any, source: torch.dtype | tuple[torch.dtype, ...], target: torch.dtype) -> Any:
     sources = source if isinstance(source, tuple) else (source,)
     return value.to(target) if isinstance(value, Tensor) and value.dtype in sources else value
-
-
-def module_types(given: Any) -> tuple[type[nn.Module], ...]:
-    """The module types that a user's `fp32_modules` means. ValueError where it is something else."""
-    if given is None:
-        return RUNNING_NORMS
-    types = (given,) if isinstance(given, type) else given
-    if not isinstance(types, tuple | list) or not all(isinstance(t, type) and issubclass(t, nn.Module) for t in types):
-        raise ValueError(
-            f"fp32_modules={given!r} must be module types, such as (torch.nn.BatchNorm2d, torch.nn.LayerNorm)."
-        )
-    return tuple(types)

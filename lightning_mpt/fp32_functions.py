@@ -77,15 +77,15 @@ FOURIER = frozenset(
     for direction in ("", "i")
     for way in ("fft", "fft2", "fftn", "rfft", "rfft2", "rfftn", "hfft", "hfft2", "hfftn")
 ) | _named("stft istft")
-"""Complex numbers of FP32 parts, or what such give."""
+"""Complex numbers of FP32 parts, or real ones of such."""
 
 THROUGH_FP32 = FACTORIZATIONS | FOURIER | _named("cdist pdist quantile nanquantile histc")
-"""What is computed in FP32 where it is given half, and goes on in half."""
+"""What is computed in FP32 where it is given half, or complex numbers of FP32 parts, and goes on in half."""
 
 FILLS = _named(
     "masked_fill masked_fill_ fill_ full full_like new_full index_fill index_fill_ clamp clamp_ clamp_min clamp_min_ "
-    "clamp_max clamp_max_"
-)
+    "clamp_max clamp_max_ where"
+) | {F.pad}
 """What writes a number of the caller's into a tensor, and ends in an error where half does not reach so far."""
 
 CASTS = frozenset({Tensor.float, Tensor.to, Tensor.type})
@@ -126,7 +126,10 @@ def _in_fp32(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 def _through_fp32(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What `func` gives for half tensors, computed in FP32 and rounded."""
-    half = {leaf.dtype for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)} & set(HALF_DTYPES)
+    given = {leaf.dtype for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+    if torch.complex64 in given and torch.float32 not in given:  # what a half spectrum has become on the way
+        given.add(torch.get_default_dtype())
+    half = given & set(HALF_DTYPES)
     if not half:
         return func(*args, **kwargs)
     args, kwargs = tree_map(_to_fp32, (args, kwargs))
@@ -149,13 +152,19 @@ def _sum(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _saturated(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What `func` gives, with the numbers that it was given inside the range of the half type that it writes."""
-    dtype = kwargs.get("dtype")
-    if dtype is None:
-        dtype = args[0].dtype if args and isinstance(args[0], Tensor) else torch.get_default_dtype()
+    dtype = kwargs.get("dtype") or _written_dtype([*args, *kwargs.values()])
     if dtype in HALF_DTYPES:
         within = partial(_in_range, limit=torch.finfo(dtype).max)
         args, kwargs = tuple(map(within, args)), {name: within(value) for name, value in kwargs.items()}
     return func(*args, **kwargs)
+
+
+def _written_dtype(values: list[Any]) -> torch.dtype:
+    """That of the tensor that is filled, or chosen from. Where there are none but masks, the numbers say it."""
+    dtypes = [value.dtype for value in values if isinstance(value, Tensor) and value.dtype != torch.bool]
+    if not dtypes:
+        return torch.get_default_dtype() if any(isinstance(value, float) for value in values) else torch.int64
+    return next((dtype for dtype in dtypes if dtype.is_floating_point), dtypes[0])
 
 
 def _in_range(value: Any, limit: float) -> Any:

@@ -15,6 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+FP32 = torch.finfo(torch.float32)
+SCALE_RULE = "must be a positive finite number that float32 holds"
+
 
 class LossScale(Protocol):
     """What the plugin asks of a loss scale."""
@@ -50,7 +53,7 @@ class ConstantLossScale:
     """
 
     def __init__(self, scale: float) -> None:
-        _check(_is_number(scale) and 0 < scale < math.inf, "scale", scale, "must be a positive finite number", "1024.0")
+        _check(_is_scale(scale), "scale", scale, SCALE_RULE, "1024.0")
         self._scale = torch.tensor(float(scale), dtype=torch.float32)
 
     def to(self, device: torch.device) -> None:
@@ -104,7 +107,7 @@ class DynamicLossScale:
         min_scale: float = 1.0,
     ) -> None:
         for name, value in (("min_scale", min_scale), ("init_scale", init_scale)):
-            _check(_is_number(value) and 0 < value < math.inf, name, value, "must be a positive finite number", "1.0")
+            _check(_is_scale(value), name, value, SCALE_RULE, "1.0")
         above = min_scale <= init_scale
         _check(above, "init_scale", init_scale, f"must be at least min_scale={min_scale!r}", "2.0**15")
         good_growth = _is_number(growth_factor) and 1 < growth_factor < math.inf
@@ -172,7 +175,7 @@ class DynamicLossScale:
         if "scale" not in state_dict:
             return
         scale = state_dict["scale"]
-        _check(_is_number(scale) and 0 < scale < math.inf, "scale", scale, "must be a positive finite number", "1.0")
+        _check(_is_scale(scale), "scale", scale, SCALE_RULE, "1.0")
         counters = {"growth_tracker": 0, "overflows_left": self.hysteresis, **state_dict}
         for name in ("growth_tracker", "overflows_left"):
             _check(isinstance(counters[name], int), name, counters[name], "must be a whole number", "0")
@@ -203,16 +206,20 @@ def make_loss_scale(
         return ConstantLossScale(1.0)
     if isinstance(loss_scale, str) and loss_scale == "dynamic":
         return DynamicLossScale()
-    if _is_number(loss_scale) and 0 < loss_scale < math.inf:  # type: ignore[operator]
+    if _is_scale(loss_scale):
         return ConstantLossScale(loss_scale)  # type: ignore[arg-type]
     raise ValueError(
-        f"loss_scale={loss_scale!r} is not a loss scale: use 'auto', 'dynamic', None, a positive finite number, "
-        "a DynamicLossScale or a ConstantLossScale."
+        f"loss_scale={loss_scale!r} is not a loss scale: use 'auto', 'dynamic', None, a positive finite number that "
+        "float32 holds, such as 1024, a DynamicLossScale or a ConstantLossScale."
     )
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_scale(value: Any) -> bool:
+    return _is_number(value) and FP32.tiny <= value <= FP32.max
 
 
 def _check(good: bool, name: str, value: Any, rule: str, example: str) -> None:

@@ -95,6 +95,7 @@ class MasterAdamW(MasterOptimizer, AdamW):
         for group in optimizer.param_groups:
             _check_settings(group)
             _check_parameters(group["params"])
+            _check_state(group["params"], optimizer)
         optimizer.__dict__.pop("step", None)  # the tracker of an LRScheduler, bound to the old class
         adopted: MasterAdamW = optimizer  # type: ignore[assignment]
         adopted._adopted_class = type(optimizer)
@@ -351,6 +352,19 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
         raise ValueError(f"betas={betas!r} must be two numbers of at least 0 and below 1, such as (0.9, 0.999).")
     if settings.get("differentiable"):
         raise ValueError("differentiable=True cannot be: autograd does not record the update. Leave it out.")
+
+
+def _check_state(parameters: Iterable[Tensor], optimizer: Optimizer) -> None:
+    """ValueError where torch has loaded moments for half parameters, which makes them half, and small ones 0."""
+    for parameter in parameters:
+        dtype = getattr(optimizer.state.get(parameter, {}).get("exp_avg_sq"), "dtype", torch.float32)
+        if dtype in HALF_DTYPES:
+            raise ValueError(
+                f"{type(optimizer).__name__} comes with moments in {dtype}: its state was loaded when the parameters "
+                "were half already, as they are in configure_optimizers, and torch has rounded it. Load it once the "
+                "optimizer is set up: in on_train_start, by self.optimizers().load_state_dict(...), or give fit the "
+                "checkpoint as ckpt_path; in Fabric, after setup_optimizers."
+            )
 
 
 def _is_decay_rate(value: Any) -> bool:

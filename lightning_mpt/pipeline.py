@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam, AdamW, Optimizer
 
+from .arguments import flag, module_types
 from .base import Scan, unwrapped
 from .bridge import BridgedOptimizer, bridge
-from .conversion import ConvertedModule, module_types
+from .conversion import ConvertedModule
 from .diagnosis import Watch
 from .fp32_functions import FP32Functions
 from .loss_scale import ConstantLossScale, DynamicLossScale, make_loss_scale
@@ -81,7 +82,7 @@ class MasterWeightPipeline:
         self._master_weights = master_storage(master_weights).name
         self._optimizer_state = moment_storage(optimizer_state).name
         self._fp32_modules = module_types(fp32_modules)
-        self._autocast = autocast
+        self._autocast = flag("autocast", autocast)
         self._masters = MasterWeights()
         self._converted: list[ConvertedModule] = []
         self._replicas: dict[ConvertedModule, DistributedDataParallel] = {}

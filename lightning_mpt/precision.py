@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from .arguments import flag
 from .base import Scan, unwrapped
 from .bridge import BridgedOptimizer, refuse_unfit
 from .callbacks import AveragedMasters, LogMetrics, ReloadMasters, name_file
@@ -83,7 +84,7 @@ class MasterWeightPrecision(MasterWeightPipeline, Precision):
         autocast: bool = False,
     ) -> None:
         super().__init__(precision, loss_scale, master_weights, optimizer_state, fp32_modules, autocast)
-        if gradient_release and isinstance(self._loss_scale, DynamicLossScale):
+        if flag("gradient_release", gradient_release) and isinstance(self._loss_scale, DynamicLossScale):
             raise ValueError(
                 f"gradient_release=True cannot be with loss_scale={loss_scale!r}, which is dynamic in {precision!r}: a "
                 "scale that falls skips the whole step, and parts of it are done by then. Give a constant one, such "
@@ -129,7 +130,13 @@ class MasterWeightPrecision(MasterWeightPipeline, Precision):
                 "This MasterWeightPrecision is in use by another Trainer, and keeps that one's masters: "
                 "give every Trainer its own."
             )
-        strategy = type(getattr(getattr(module, "_trainer", None), "strategy", None))
+        trainer = getattr(module, "_trainer", None)
+        if trainer is None:
+            raise TypeError(
+                f"{type(self).__name__} is for the Trainer, and {type(module).__name__} comes without one: in Fabric "
+                f"use FabricMasterWeightPrecision({self.precision!r})."
+            )
+        strategy = type(trainer.strategy)
         if any(kind.__name__ in OWN_MASTERS for kind in strategy.__mro__):
             raise ValueError(
                 f"{strategy.__name__} keeps FP32 masters and scales the loss by itself: use precision='16-mixed' or "
@@ -138,7 +145,7 @@ class MasterWeightPrecision(MasterWeightPipeline, Precision):
         try:
             self._convert(module)
         except ValueError as error:
-            name_file(error, getattr(getattr(module, "_trainer", None), "ckpt_path", None))
+            name_file(error, trainer.ckpt_path)
             raise
         return module
 

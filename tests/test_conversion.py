@@ -1,6 +1,7 @@
 """A converted module: half inside, FP32 for whoever saves it, loads it, or gets it back."""
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -179,3 +180,33 @@ def test_what_cannot_be_trained_is_refused_before_anything_changes(part: nn.Modu
         convert(net)
     assert net.body[0].weight.dtype == torch.float32
     assert not net._state_dict_hooks
+
+
+class Scripted(nn.Module):
+    """With a part that torch.jit.script has compiled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        part = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU())
+        part.register_buffer("scale", torch.full((8,), 0.1))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of torch's: people have such modules in files
+            self.part = torch.jit.script(part)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.part(x) * self.part.scale
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_scripted_part_is_converted_saved_loaded_and_restored_like_any_other(dtype: torch.dtype) -> None:
+    net, other = Scripted(), Scripted()
+    start = copy.deepcopy(net.state_dict())
+    converted, _ = convert(net, dtype)
+    assert net(torch.randn(2, 8, dtype=dtype)).dtype == dtype
+    assert {tensor.dtype for tensor in (*net.parameters(), *net.buffers())} == {dtype}
+    assert_same(net.state_dict(), start)
+    net.load_state_dict(other.state_dict())
+    assert_same(net.state_dict(), other.state_dict())
+    converted.restore()
+    assert_same(net.state_dict(), other.state_dict())
+    assert {tensor.dtype for tensor in net.parameters()} == {torch.float32}

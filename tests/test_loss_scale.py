@@ -122,7 +122,9 @@ def test_a_constant_never_changes() -> None:
         ({"growth_interval": 0}, r"growth_interval=0 must be a whole number of at least 1"),
         ({"growth_interval": 2.5}, r"growth_interval=2.5 must be a whole number"),
         ({"hysteresis": True}, r"hysteresis=True must be a whole number"),
+        ({"init_scale": 1e39}, r"init_scale=1e\+39 must be a positive finite number that float32 holds"),
         ({"min_scale": -1.0}, r"min_scale=-1.0 must be a positive"),
+        ({"min_scale": 1e-46}, r"min_scale=1e-46 must be a positive"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -131,7 +133,7 @@ def test_wrong_numbers_are_refused_by_name(arguments: dict[str, Any], message: s
         DynamicLossScale(**arguments)
 
 
-@pytest.mark.parametrize("scale", [0, -1.0, float("nan"), float("inf"), "8", None, True])
+@pytest.mark.parametrize("scale", [0, -1.0, 1e39, 1e-46, float("nan"), float("inf"), "8", None, True])
 def test_a_constant_must_be_positive_and_finite(scale: Any) -> None:
     with pytest.raises(ValueError, match=r"scale=.* must be a positive finite number"):
         ConstantLossScale(scale)

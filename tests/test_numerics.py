@@ -102,6 +102,56 @@ def test_modules_and_keywords_too_and_gradients_come_back_half() -> None:
     assert logits.grad.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_comes_back_from_a_spectrum_goes_on_in_half(dtype: torch.dtype) -> None:
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    with default_dtype(dtype), FP32Functions():
+        spectrum = torch.fft.rfft(x.to(dtype))
+        back = torch.fft.irfft(spectrum * 2, n=8)
+    assert (spectrum.dtype, back.dtype) == (torch.complex64, dtype)
+    torch.testing.assert_close(back, (2 * x.to(dtype).float()).to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+
+
+MASK = torch.tensor([True, False])
+FILLS: dict[str, tuple[Callable[[Tensor], Tensor], list[float]]] = {
+    "masked_fill": (lambda x: x.masked_fill(MASK, -1e9), [-65504, 1]),
+    "where": (lambda x: torch.where(MASK, x, -1e9), [1, -65504]),
+    "method": (lambda x: x.where(MASK, -1e9), [1, -65504]),
+    "numbers": (lambda x: torch.where(MASK, 0.0, -1e9), [0, -65504]),
+    "pad": (lambda x: F.pad(x, (0, 1), value=-1e9), [1, 1, -65504]),
+    "full": (lambda x: torch.full((2,), 1e9), [65504, 65504]),
+    "infinite": (lambda x: torch.where(MASK, x, -torch.inf), [1, -torch.inf]),
+}
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_a_number_beyond_half_becomes_the_last_one(fill: str) -> None:
+    call, expected = FILLS[fill]
+    with default_dtype(torch.float16), FP32Functions():
+        assert call(torch.ones(2)).tolist() == expected
+        assert call(torch.ones(2)).dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda ids: torch.full((2,), 128000),
+        lambda ids: torch.full_like(ids, 128000),
+        lambda ids: ids.new_full((2,), 128000),
+        lambda ids: ids.masked_fill(MASK, 128000).masked_fill(~MASK, 128000),
+        lambda ids: torch.where(MASK, 128000, 128000),
+        lambda ids: torch.where(ids == 0, 128000, ids),
+        lambda ids: F.pad(ids[:0], (0, 2), value=128000),
+    ],
+)
+def test_whole_numbers_stay_whole(call: Callable[[Tensor], Tensor]) -> None:
+    """A vocabulary may have more tokens than fp16 has numbers."""
+    with default_dtype(torch.float16), FP32Functions():
+        ids = call(torch.zeros(2, dtype=torch.int64))
+    assert ids.dtype == torch.int64
+    assert ids.tolist() == [128000, 128000]
+
+
 def test_nothing_else_is_touched() -> None:
     with FP32Functions():
         assert (half(3) @ half(3)).dtype == torch.bfloat16

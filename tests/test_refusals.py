@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from torch import Tensor, nn
 from training import Classifier, adamw, classification, fit, mlp, trainer
 
@@ -75,13 +76,60 @@ def test_precision_beside_the_plugin_is_refused() -> None:
         ({"loss_scale": True}, r"loss_scale=True is not"),
         ({"master_weights": "fp32"}, r"master_weights='fp32' is not a way.*'float32', 'split'"),
         ({"optimizer_state": "4bit"}, r"optimizer_state='4bit' is not a way.*'float32'"),
+        ({"loss_scale": 1e40}, r"loss_scale=1e\+40 is not a loss scale.*that float32 holds"),
+        ({"loss_scale": 1e-50}, r"loss_scale=1e-50 is not"),
         ({"fp32_modules": ["LayerNorm"]}, r"fp32_modules=\['LayerNorm'\] must be module types"),
+        ({"autocast": "no"}, r"autocast='no' must be True or False"),
+        ({"gradient_release": "no"}, r"gradient_release='no' must be True or False"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_wrong_arguments_fail_at_construction(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MasterWeightPrecision(**arguments)
+
+
+def test_in_fabric_the_trainers_plugin_names_fabrics() -> None:
+    with pytest.raises(TypeError, match=r"is for the Trainer.*use FabricMasterWeightPrecision\('16-true'\)"):
+        Fabric(accelerator="cpu", plugins=[MasterWeightPrecision("16-true")]).setup(nn.Linear(2, 2))
+
+
+def test_beyond_bfloat16_there_is_no_half_type_to_go_to() -> None:
+    module = Classifier(mlp())
+    module.net[0].weight.data[0, 0] = 3.4e38
+    with pytest.raises(ValueError, match=r"0.weight holds.*3.4e\+38.*of torch.bfloat16: rescale the weight"):
+        fit(module, classification(1), MasterWeightPrecision("bf16-true"))
+
+
+class Continued(Classifier):
+    """Begins with moments of FP32 training."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(mlp(), adamw(1e-3))
+        self._where = where
+        module = Classifier(mlp(), adamw(1e-3))
+        self.saved = fit(module, classification(3)).optimizers[0].state_dict()
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        if self._where == "configure_optimizers":
+            optimizer.load_state_dict(self.saved)
+        return optimizer
+
+    def on_train_start(self) -> None:
+        if self._where == "on_train_start":
+            self.optimizers().load_state_dict(self.saved)
+
+
+@pytest.mark.parametrize("optimizer_state", ["float32", "8bit"])
+def test_moments_that_torch_made_half_are_refused_and_what_the_message_says_works(optimizer_state: str) -> None:
+    plugin = MasterWeightPrecision("16-true", optimizer_state=optimizer_state)
+    with pytest.raises(ValueError, match=r"AdamW comes with moments in torch.float16.*in on_train_start, by"):
+        fit(Continued("configure_optimizers"), classification(1), plugin)
+    ours, fp32 = Continued("on_train_start"), Continued("on_train_start")
+    fit(ours, classification(3), MasterWeightPrecision("16-true", optimizer_state=optimizer_state))
+    fit(fp32, classification(3))
+    torch.testing.assert_close(ours.losses, fp32.losses, rtol=5e-3, atol=0)
 
 
 def test_a_run_that_only_skips_warns_and_then_stops_with_the_names() -> None:
