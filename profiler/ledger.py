@@ -166,7 +166,7 @@ def _assign(recording: Recording, blocks: list[Block], events: list[Event], phas
 
     modules = sorted(recording.modules, key=itemgetter(0))
     module_times = [mark.time_ns for mark in modules]
-    began = _forward_began(phases, module_times)
+    began = _forward_began(phases, modules)
     for block in blocks:
         at = bisect_right(module_times, block.born_ns) - 1 if block.born >= 0 else -1
         running = modules[at].name if at >= 0 else None
@@ -175,9 +175,11 @@ def _assign(recording: Recording, blocks: list[Block], events: list[Event], phas
             block.module = block.claim.module
             if block.category is Category.ACTIVATIONS:
                 block.module = running if running is not None else block.claim.module
-                # A tensor that was there before the first module ran and is saved for backward is what went in.
+                # What was there before the first module ran and is saved for backward is what went in, unless autograd
+                # saw it made: a step may compute with bare parameters before it calls a module.
                 saved_phase = bisect_right(phases, block.claim.time_ns, key=itemgetter(0)) - 1
-                if block.born < 0 or (saved_phase >= 0 and block.born_ns < began[saved_phase]):
+                before = block.born < 0 or (saved_phase >= 0 and block.born_ns < began[saved_phase])
+                if before and not block.claim.computed:
                     block.category = Category.INPUTS
         else:
             block.module = running
@@ -250,8 +252,9 @@ def _older_block(recording: Recording, claim: Claim, lives: dict[int, list[Block
     return block
 
 
-def _forward_began(phases: list[Mark], module_times: list[int]) -> list[int]:
+def _forward_began(phases: list[Mark], modules: list[Mark]) -> list[int]:
     """For every phase mark, when the first module ran in it (0: none did)."""
+    module_times = [mark.time_ns for mark in modules if mark.name is not None]
     began = []
     for index, mark in enumerate(phases):
         at = bisect_right(module_times, mark.time_ns - 1)

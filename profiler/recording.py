@@ -36,7 +36,10 @@ class Event(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """Someone owned the storage at `address` at `time_ns`: so the block alive there and then is theirs for life."""
+    """Someone owned the storage at `address` at `time_ns`: so the block alive there and then is theirs for life.
+
+    `computed` says that autograd saw it made: then it is not what went in.
+    """
 
     time_ns: int
     address: int
@@ -45,6 +48,7 @@ class Claim(NamedTuple):
     module: str | None
     shape: tuple[int, ...]
     dtype: str
+    computed: bool = False
 
 
 class Mark(NamedTuple):

@@ -27,7 +27,7 @@ from ..ledger import BACKWARD, CLIP, FORWARD, OPTIMIZER_STEP, OUTSIDE
 from ..recording import Claim, Gone, Interval, Mark
 from .duplicates import DuplicateFinder
 from .modules import ModuleForwards, hookable, parameter_paths, untracer
-from .tensors import parts_of, tensors_in, version_of
+from .tensors import is_computed, parts_of, tensors_in, version_of
 
 now_ns = time.time_ns
 """The clock of torch.profiler's events and, to its microsecond, of the CUDA allocator's history."""
@@ -146,11 +146,12 @@ class Owners:
 
     def claim(self, category: Category, tensor: torch.Tensor, module: str | None, *, watch: bool = False) -> None:
         """`tensor`'s storage belongs to `category` and to the module at path `module` (None: to no module)."""
+        computed = is_computed(tensor)
         for part in self._parts_here(tensor):
             storage = part.untyped_storage()
             address = self._address_of(storage)
-            dtype = str(part.dtype).removeprefix("torch.")
-            self.claims.append(Claim(now_ns(), address, storage.nbytes(), category, module, tuple(part.shape), dtype))
+            shape, dtype = tuple(part.shape), str(part.dtype).removeprefix("torch.")
+            self.claims.append(Claim(now_ns(), address, storage.nbytes(), category, module, shape, dtype, computed))
             if watch and address not in self._watched:
                 self._watched[address] = StorageWeakRef(storage)
 

@@ -46,6 +46,11 @@ def tensors_in(item: Any, depth: int = 8) -> Iterator[torch.Tensor]:
             yield from tensors_in(value, depth - 1)
 
 
+def is_computed(tensor: torch.Tensor) -> bool:
+    """Whether autograd saw the tensor made; of a view, that of which it is one."""
+    return not (tensor if tensor._base is None else tensor._base).is_leaf
+
+
 def version_of(tensor: torch.Tensor) -> int:
     """How often the tensor was written to in place; -1 for one of inference mode, which does not count."""
     return -1 if tensor.is_inference() else tensor._version

@@ -123,6 +123,27 @@ def test_a_trainer(kind: str, tmp_path: Any) -> None:
     assert report.steps == 4
 
 
+class Bare(Classifier):
+    """Parameters of its own, used before any module or (alone) without one."""
+
+    def __init__(self, alone: bool = False) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(64, 64))
+        self.alone = alone
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x, y = batch
+        hidden = torch.tanh(torch.sigmoid(x @ self.first))
+        return nn.functional.cross_entropy(hidden if self.alone else self.net(hidden), y)
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["before-modules", "without-modules"])
+def test_what_a_step_computes_before_any_module_is_activations(alone: bool, tmp_path: Any) -> None:
+    report = fit(Bare(alone), tmp_path).profiler.report
+    assert report.phases["backward"].categories[Category.INPUTS] == 32 * 64 * 4 + 32 * 8
+    assert report.phases["backward"].categories[Category.ACTIVATIONS] >= 2 * 32 * 64 * 4
+
+
 def test_averaged_weights_that_a_callback_keeps_have_a_name(tmp_path: Any) -> None:
     average = L.pytorch.callbacks.EMAWeightAveraging()
     report = fit(Classifier(), tmp_path, callbacks=[average]).profiler.report

@@ -11,8 +11,10 @@ from lightning_mpt.profiler.recording import Claim, Event, Gone, Interval, Mark,
 OWNED = [Category.WEIGHTS, Category.GRADIENTS, Category.OPTIMIZER_STATE, Category.ACTIVATIONS]
 
 
-def claim(time_ns: int, address: int, category: Category, module: str | None = None, size: int = 0) -> Claim:
-    return Claim(time_ns, address, size, category, module, (size,), "float32")
+def claim(
+    time_ns: int, address: int, category: Category, module: str | None = None, size: int = 0, computed: bool = False
+) -> Claim:
+    return Claim(time_ns, address, size, category, module, (size,), "float32", computed)
 
 
 def recording(events=(), claims=(), phases=None, windows=None, **rest) -> Recording:
@@ -266,6 +268,26 @@ def test_a_saved_tensor_older_than_the_first_module_is_an_input() -> None:
         modules=[Mark(50, "layer"), Mark(90, None)],
     )
     assert categories_of(history) == {1: Category.INPUTS, 2: Category.ACTIVATIONS}
+
+
+def test_a_saved_tensor_that_autograd_saw_made_is_no_input_however_old() -> None:
+    history = recording(
+        events=[(10, 2, 8)],
+        start=[Event(0, 1, 8, 8)],
+        claims=[claim(70, address, Category.ACTIVATIONS, computed=True) for address in (1, 2)],
+        modules=[Mark(50, "layer")],
+    )
+    assert categories_of(history) == {1: Category.ACTIVATIONS, 2: Category.ACTIVATIONS}
+
+
+def test_where_no_module_ran_nothing_was_there_before_the_first() -> None:
+    history = recording(
+        events=[(10, 1, 8)],
+        claims=[claim(20, 1, Category.ACTIVATIONS)],
+        modules=[Mark(50, None)],  # as backward begins
+        phases=[Mark(0, "forward"), Mark(51, "backward")],
+    )
+    assert categories_of(history) == {1: Category.ACTIVATIONS}
 
 
 def test_a_block_belongs_to_the_module_that_made_it() -> None:

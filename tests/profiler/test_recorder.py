@@ -118,6 +118,14 @@ def test_the_batch_is_inputs() -> None:
     assert report.phases["forward"].categories[Category.INPUTS] == 128 * 64 * 4 + 128 * 8
 
 
+def test_what_is_viewed_of_the_batch_is_inputs_also_where_it_requires_grad() -> None:
+    loop = mlp()
+    with MemoryRecorder(loop.module, loop.optimizer) as recorder:
+        loop.module(torch.randn(8, 8, 512, requires_grad=True).view(512, 64)).sum().backward()
+        recorder.step()
+    assert recorder.report.phases["forward"].categories[Category.INPUTS] == 512 * 64 * 4
+
+
 def test_what_the_loop_keeps_is_named_by_nobody() -> None:
     """Logits held in a variable through backward are no activation: the report shows them, with their module."""
     loop = mlp()
