@@ -44,7 +44,7 @@ def _fits_layer(dtype: torch.dtype) -> bool:
         states_and_options: tuple[Any, ...] = state, state, False, [], 2, 20, 1, True, False, False, True
         arguments: tuple[Any, ...] = (input, w0, w1, bias, bias, *states_and_options)
         kept: torch.Tensor = _FORWARD(*arguments)[3]
-        return kept.nbytes == _workspace_bytes(*_sizes(_FORWARD, arguments), dtype.itemsize)
+        return kept.nbytes == _workspace_bytes(*_sizes(arguments), dtype.itemsize)
 
 
 def with_workspace(func: Callable[..., Any], args: tuple[Any, ...], result: Any) -> Any:
@@ -57,7 +57,7 @@ def with_workspace(func: Callable[..., Any], args: tuple[Any, ...], result: Any)
     if func is not _FORWARD or not torch.is_grad_enabled():
         return result
     *outputs, _ = result
-    size = _workspace_bytes(*_sizes(func, args), args[0].element_size())
+    size = _workspace_bytes(*_sizes(args), args[0].element_size())
     return (*outputs, args[0].new_empty(size, dtype=torch.uint8))
 
 
@@ -65,7 +65,7 @@ def lstm_scratch(func: Callable[..., Any], args: tuple[Any, ...]) -> int:
     """Bytes that a layer has beside its results: weights in its own layout, and sums of gates. 0 for all else."""
     if func is not _FORWARD and func is not _BACKWARD:
         return 0
-    steps, batch, inputs, hidden = _sizes(func, args)
+    steps, batch, inputs, hidden = _sizes(args)
     gates, number = 4 * hidden, args[0].element_size()
     backward = func is _BACKWARD
     if number != _SINGLE:
@@ -84,12 +84,14 @@ def lstm_scratch(func: Callable[..., Any], args: tuple[Any, ...]) -> int:
     return scratch
 
 
-def _sizes(func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[int, int, int, int]:
-    """Steps, samples, inputs, hidden units of a layer."""
+def _sizes(args: tuple[Any, ...]) -> tuple[int, int, int, int]:
+    """Steps, samples, inputs, hidden units of a layer.
+
+    Steps come first whatever its argument `batch_first` says: `mkldnn_rnn` has transposed the input by then, and hands
+    the flag on (aten/src/ATen/native/mkldnn/RNN.cpp).
+    """
     input, w1 = args[0], args[2]
-    batch_first = args[14] if func is _FORWARD else args[21]
-    steps, batch = input.shape[:2][::-1] if batch_first else input.shape[:2]
-    return steps, batch, input.shape[2], w1.shape[1]
+    return (*input.shape, w1.shape[1])
 
 
 def _workspace_bytes(steps: int, batch: int, inputs: int, hidden: int, number: int) -> int:

@@ -24,12 +24,14 @@ LSTM = Case(lstm, {"features": 16, "width": 32, "layers": 2, "steps": 12, "batch
 ONEDNN = LSTM._replace(
     shape={**LSTM.shape, "features": 24, "width": 72, "steps": 24, "batch_size": 32}, onednn=rule_holds()
 )
+FEW_LONG = ONEDNN._replace(shape={**ONEDNN.shape, "steps": 100, "batch_size": 2})
 PAIRS = [
     *[pytest.param(GPT2, precision, id=f"gpt2-{precision}") for precision in PRECISIONS["cpu"]],
     *[pytest.param(MLP, precision, id=f"mlp-{precision}") for precision in ("32-true", "bf16-mixed")],
     *[pytest.param(CONVNET, precision, id=f"convnet-{precision}") for precision in ("32-true", "mpt-bf16-true")],
     *[pytest.param(LSTM, precision, id=f"lstm-{precision}") for precision in ("32-true", "bf16-mixed")],
     *[pytest.param(ONEDNN, precision, id=f"lstm-onednn-{precision}") for precision in ("32-true", "mpt-bf16-true")],
+    pytest.param(FEW_LONG, "32-true", id="lstm-onednn-few-long-32-true"),
 ]
 
 

@@ -24,12 +24,15 @@ HALF = pytest.param(
 @pytest.mark.skipif(not lstm.rule_holds(), reason="oneDNN has another LSTM on this CPU, or none")
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, id="float32"), HALF])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_workspace_is_as_large_as_onednns(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("batch_first", [False, True])  # the input comes with its steps first all the same
+def test_the_workspace_is_as_large_as_onednns(
+    batch_first: bool, shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
     steps, batch, inputs, hidden = shape
     layer = nn.LSTM(inputs, hidden, dtype=dtype)
     state = torch.zeros(batch, hidden, dtype=dtype)
     weights = layer.weight_ih_l0, layer.weight_hh_l0, layer.bias_ih_l0, layer.bias_hh_l0
-    options = (False, [], 2, hidden, 1, True, False, False, True)
+    options = (False, [], 2, hidden, 1, True, False, batch_first, True)
     arguments = (torch.zeros(steps, batch, inputs, dtype=dtype), *weights, state, state, *options)
     kept = torch.ops.aten.mkldnn_rnn_layer(*arguments)
     *_, by_rule = lstm.with_workspace(torch.ops.aten.mkldnn_rnn_layer.default, arguments, kept)
