@@ -44,8 +44,10 @@ class MemoryReport:
         activation_dtypes: module path -> dtype -> bytes of the module's own activations at the peak.
         optimizers: the class names of the optimizers that trained.
         health: how well the caching allocator used what it holds; None on CPU.
-        failed_request_bytes: where memory ran out, how much was asked for and not there; the peak is that moment. None
-            of whole steps, and where the size is not known.
+        out_of_memory: whether this is of the moment at which memory ran out, and not of whole steps: the peak is that
+            moment.
+        failed_request_bytes: how much was asked for then and not there. None of whole steps, and where the size is not
+            known.
         growth: by how much memory grew from step to step, where it did; seen in three counted steps or more.
         notes: what a reader must know to trust the figures: a bound that was reached, modules that could not be told
             apart. One sentence each.
@@ -66,6 +68,7 @@ class MemoryReport:
     activation_dtypes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     optimizers: tuple[str, ...] = ()
     health: AllocatorHealth | None = None
+    out_of_memory: bool = False
     failed_request_bytes: int | None = None
     growth: Growth | None = None
     notes: tuple[str, ...] = ()
@@ -99,6 +102,7 @@ class MemoryReport:
             activation_dtypes=_activation_dtypes(ledger),
             optimizers=tuple(recording.optimizers),
             health=recording.health,
+            out_of_memory=recording.failed_ns is not None,
             growth=growth_of(ledger.blocks, recording.windows),
             notes=tuple(recording.notes),
         )
@@ -140,6 +144,7 @@ class MemoryReport:
             "forwards": {path: asdict(forward) for path, forward in self.forwards.items()},
             "activation_dtypes": {path: dict(own) for path, own in self.activation_dtypes.items()},
             "optimizers": list(self.optimizers),
+            "out_of_memory": self.out_of_memory,
             "failed_request_bytes": self.failed_request_bytes,
             "health": None if self.health is None else asdict(self.health),
             "growth": None if self.growth is None else _growth(self.growth),
@@ -151,6 +156,8 @@ class MemoryReport:
         """Read what `save` wrote. Raises ValueError where `path` holds something else, or another version of it."""
         what = "a report that MemoryReport.save wrote"
         content = read_versioned(path, REPORT_FORMAT, REPORT_VERSION, what, REPORT_LIMIT_BYTES)
+        # Reports were once without this field: then the size of the request said that memory had run out.
+        content.setdefault("out_of_memory", content.get("failed_request_bytes") is not None)
         try:
             report = decode(cls, content)
             _check(report)

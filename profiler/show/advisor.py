@@ -29,9 +29,9 @@ def advise(report: MemoryReport) -> tuple[Advice, ...]:
     """What holds the peak, and what would lower it by at least 1 %.
 
     Args:
-        report: of whole training steps; or of the moment at which memory ran out. What would make room for the request
-            that failed then comes first, and of every kind of change one before a second: few lines are shown, and
-            three formats would be one idea.
+        report: of whole training steps; or of the moment at which memory ran out. Then what would make room for the
+            request that failed, where its size is known, comes first, and of every kind of change one before a second:
+            few lines are shown, and three formats would be one idea.
 
     Returns:
         First what holds the peak, and that memory grows where it does; then what to do, most helpful first: the largest
@@ -39,12 +39,12 @@ def advise(report: MemoryReport) -> tuple[Advice, ...]:
         after another.
     """
     failed_bytes = report.failed_request_bytes
-    before = phases_of(report) if failed_bytes is None else _moment(report)
+    before = _moment(report) if report.out_of_memory else phases_of(report)
     peak_bytes, _ = _highest(before)
     if peak_bytes <= 0:
         return ()
     options = options_for(report)
-    if failed_bytes is not None:
+    if report.out_of_memory:
         options += smaller_batch(report)
     weighed = [(option, _saved(option, before)) for option in options]
     weighed = _worth_it(weighed, LEAST_SHARE * peak_bytes)
@@ -56,15 +56,16 @@ def advise(report: MemoryReport) -> tuple[Advice, ...]:
     else:
         fits = failed_bytes
         weighed.sort(key=lambda item: (0, item[0].cost, -item[1]) if item[1] >= fits else (1, 0, -item[1]))
+    if report.out_of_memory:
         weighed = _one_of_each_first(weighed)
     lines = [Advice(_what_holds(report, before), None)]
     if (grows := what_grows(report)) is not None:
         lines.append(Advice(grows, None))
     for option, saved in weighed:
         after_bytes, phase = _highest(option.change(before))
-        left = f"{format_bytes(after_bytes)} would be in use"
-        if failed_bytes is None:
-            left = f"the peak would be {format_bytes(after_bytes)}{_in(phase)}"
+        left = f"the peak would be {format_bytes(after_bytes)}{_in(phase)}"
+        if report.out_of_memory:
+            left = f"{format_bytes(after_bytes)} would be in use"
         text = f"{option.text} Saves {format_bytes(saved)}, {format_share(saved, peak_bytes)}: {left}."
         if failed_bytes is not None and saved >= failed_bytes:
             text += f" That makes room for the {format_bytes(failed_bytes)} that failed."
@@ -140,6 +141,8 @@ def _what_holds(report: MemoryReport, before: Phases) -> str:
     where = f" in {spoken(phase)}" if phase else ""
     if (failed_bytes := report.failed_request_bytes) is not None:
         text = f"{format_bytes(failed_bytes)} more was asked for{where}, with {format_bytes(report.peak_bytes)} in use"
+    elif report.out_of_memory:
+        text = f"Memory ran out{where}, with {format_bytes(report.peak_bytes)} in use"
     else:
         text = f"The peak, {format_bytes(report.peak_bytes)}, is reached{where}"
     text += f": {', '.join(parts)}." if parts else "."

@@ -322,7 +322,7 @@ def test_the_first_says_what_holds_the_peak_and_the_rest_goes_by_the_saving() ->
 
 
 def ran_out(
-    report: MemoryReport, phase: str, failed_bytes: int, categories: dict[Category, int] | None = None
+    report: MemoryReport, phase: str, failed_bytes: int | None, categories: dict[Category, int] | None = None
 ) -> MemoryReport:
     """The report of a loop whose memory ran out in `phase`: at its peak, or with `categories` in use."""
     held = dict(categories or report.phases[phase].categories)
@@ -332,6 +332,7 @@ def ran_out(
         peak_bytes=moment.bytes,
         categories=held,
         timeline=(*report.timeline, moment),
+        out_of_memory=True,
         failed_request_bytes=failed_bytes,
     )
 
@@ -344,12 +345,14 @@ def test_out_of_memory_says_first_what_would_make_room() -> None:
         assert ("makes room" in one.text) == ((one.saves_bytes or 0) >= 300 * MIB)
     assert "makes room" in advice[1].text
     assert "Half the batch" in "".join(one.text for one in advice)
-    assert "Half the batch" not in said(dataclasses.replace(report, failed_request_bytes=None))
+    assert "Half the batch" not in said(transformer(12))
 
 
 @pytest.mark.parametrize("weight_bytes", [2, 4])
-@pytest.mark.parametrize("failed_bytes", [1, 20 * MIB, 900 * MIB])
-def test_out_of_memory_says_one_change_of_each_kind_before_a_second(failed_bytes: int, weight_bytes: int) -> None:
+@pytest.mark.parametrize("failed_bytes", [1, 20 * MIB, 900 * MIB, None])
+def test_out_of_memory_says_one_change_of_each_kind_before_a_second(
+    failed_bytes: int | None, weight_bytes: int
+) -> None:
     report = ran_out(transformer(12, weight_bytes=weight_bytes, activations=4 * MIB), "backward", failed_bytes)
     texts = [one.text for one in advise(report)[1:]]
     kinds = ["both" if ", both." in text else text.partition("(")[0].split()[0] for text in texts]
@@ -357,12 +360,15 @@ def test_out_of_memory_says_one_change_of_each_kind_before_a_second(failed_bytes
     assert len(set(kinds[: len(set(kinds))])) == len(set(kinds))
 
 
-def test_out_of_memory_is_about_that_moment_and_no_other_phase() -> None:
+@pytest.mark.parametrize(
+    ("failed_bytes", "words"), [(MIB, "1.00 MiB more was asked for in backward"), (None, "Memory ran out in backward")]
+)
+def test_out_of_memory_is_about_that_moment_and_no_other_phase(failed_bytes: int | None, words: str) -> None:
     # Memory ran out early in backward, lower than forward had been: what is saved is saved there.
     moment = {Category.WEIGHTS: 12 * MIB, Category.ACTIVATIONS: 400 * MIB, Category.OPTIMIZER_STATE: 24 * MIB}
-    low = ran_out(transformer(12), "backward", MIB, moment)
+    low = ran_out(transformer(12), "backward", failed_bytes, moment)
     said_first, *_ = advise(low)
-    assert said_first.text.startswith("1.00 MiB more was asked for in backward, with 436.00 MiB in use")
+    assert said_first.text.startswith(f"{words}, with 436.00 MiB in use")
     advice = find(advise(low), "Half the batch")
     assert advice.saves_bytes == 200 * MIB
     assert "236.00 MiB would be in use" in advice.text

@@ -15,6 +15,8 @@ from lightning_mpt.profiler.collect.sources import CPUSource
 from lightning_mpt.profiler.ledger import replay
 from lightning_mpt.profiler.out_of_memory import failed_request_bytes, is_out_of_memory
 from lightning_mpt.profiler.recording import Claim, Event, Mark, Recording, Window
+from lightning_mpt.profiler.show.advisor import advise
+from lightning_mpt.profiler.show.words import format_bytes
 
 from .hooks import assert_all_is_off, hooks_on
 from .limit import MemoryLimit
@@ -152,6 +154,33 @@ def test_a_table_that_cannot_be_shown_is_no_second_exception(monkeypatch: pytest
     recorder, module = fail(MemoryLimit(1024))
     assert recorder.out_of_memory_report is None
     assert_all_is_off(module)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), MemoryError(), torch.OutOfMemoryError()],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_request_of_unknown_size_is_of_that_moment_too(error: Exception, capsys: Any) -> None:
+    module = Deep()
+    recorder = MemoryRecorder(module, torch.optim.AdamW(module.parameters()))
+
+    def run() -> None:
+        with recorder:
+            module(torch.ones(64, WIDTH)).square().mean().backward()
+            raise error
+
+    with pytest.raises(type(error)):
+        run()
+    report = recorder.out_of_memory_report
+    assert report is not None
+    assert report.out_of_memory
+    assert report.failed_request_bytes is None
+    assert report.peak_bytes < report.phases["backward"].peak_bytes
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "in optimizer step: more was asked for" in printed
+    assert f"Memory ran out in optimizer step, with {format_bytes(report.peak_bytes)} in use" in printed
+    assert all((one.saves_bytes or 0) <= report.peak_bytes for one in advise(report))
 
 
 def test_another_exception_is_none_of_its_business(capsys: Any) -> None:
@@ -310,6 +339,7 @@ def test_the_ledger_ends_where_memory_ran_out(tmp_path: Any) -> None:
         Category.ROUNDING: 24 + 112 + 12,
     }
     report = MemoryReport.from_recording(history)
+    assert report.out_of_memory
     assert report.peak_bytes == peak.bytes
     assert {use.bytes for use in report.tensors} == {1000, 400, 512, 500}
     history.save(tmp_path / "trace.json")

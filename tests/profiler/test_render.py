@@ -40,7 +40,7 @@ def test_words() -> None:
 
 
 def test_when_memory_ran_out_the_advice_is_how_to_make_room_also_in_a_saved_report(tmp_path: Path) -> None:
-    report = dataclasses.replace(transformer(), failed_request_bytes=300 * MIB)
+    report = dataclasses.replace(transformer(), out_of_memory=True, failed_request_bytes=300 * MIB)
     report.save(tmp_path / "report.json")
     out = io.StringIO()
     print_report(MemoryReport.load(tmp_path / "report.json"), Console(file=out, width=100))

@@ -104,6 +104,17 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert content["categories"]["activations"] == 2048
 
 
+@pytest.mark.parametrize("failed_bytes", [None, 4096])
+def test_a_report_from_before_it_said_that_memory_ran_out_is_read_by_the_size_that_it_has(
+    failed_bytes: int | None, tmp_path: Path
+) -> None:
+    report = dataclasses.replace(MemoryReport.from_recording(training_step()), failed_request_bytes=failed_bytes)
+    content = report.to_json()
+    del content["out_of_memory"]
+    (tmp_path / "report.json").write_text(json.dumps(content))
+    assert MemoryReport.load(tmp_path / "report.json").out_of_memory == (failed_bytes is not None)
+
+
 def test_a_trace_survives_its_file(tmp_path: Path) -> None:
     recording = training_step()
     recording.workspace_bytes.append(512)
