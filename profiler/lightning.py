@@ -2,7 +2,8 @@
 
 A step is recorded from the fetching of its batch to the end of the optimizer's step. Lightning tells a profiler when an
 action starts and stops, also when an exception passes through it: that is how the recording is switched off then, since
-Lightning tears nothing down.
+Lightning tears nothing down. Of what a profiler is not told, the batch and that `fit` itself ends in an exception, it
+hears by a callback that is the Trainer's while `fit` runs.
 """
 
 import sys
@@ -92,7 +93,7 @@ class MemoryProfiler(Profiler):
         self._report: MemoryReport | None = None
         self._source: Source | None = None  # the device's own
         self._log_dir: str | None = None  # the Trainer's, in this fit
-        self._callback = _BatchWitness(self)
+        self._callback = _Listener(self)
         self._joined: list[pl.Callback] = []  # the Trainer's callbacks, while ours is among them
         self.out_of_memory_report: MemoryReport | None = None
         """What was live when memory ran out, if it did in the last fit."""
@@ -119,6 +120,7 @@ class MemoryProfiler(Profiler):
             self._abort()
             self._report, self.out_of_memory_report, self._printed = None, None, False
             self._schedule = Schedule(self._make_session, self.warmup_steps, self.steps)
+            self._join()
             self._handled, self._ran_out = sys.exc_info()[1], False
             self._why_none = (
                 f"fit ended after too few batches: it needs warmup_steps={self.warmup_steps} and at least one more"
@@ -129,7 +131,7 @@ class MemoryProfiler(Profiler):
         if self._schedule is None:
             return
         if action_name.endswith(_FETCH):
-            self._begin_step()
+            self._schedule.begin()
         elif self._schedule.session is None:
             return
         elif action_name.endswith(_BACKWARD) and action_name.startswith("[Strategy]"):
@@ -143,7 +145,7 @@ class MemoryProfiler(Profiler):
             if counted:
                 self._finish(f"Validation ended the recording after {counted} of {count_of(self.steps, 'step')}.")
             else:
-                self._switch_off()
+                self._schedule.abort()
         elif action_name.endswith(_END):
             self._finish()  # now, while there are loggers: they are done before `describe` is called
 
@@ -154,7 +156,7 @@ class MemoryProfiler(Profiler):
         error = sys.exc_info()[1]
         if error is not None and error is not self._handled and not isinstance(error, StopIteration):
             self._fail(error)
-            if action_name == _EPOCH:
+            if action_name == _EPOCH:  # in a process that Lightning spawned no callback is told of exceptions
                 self._tell_before_the_end()
         elif self._schedule is None:
             return
@@ -175,6 +177,7 @@ class MemoryProfiler(Profiler):
     @override
     def describe(self) -> None:
         """Called by the Trainer when `fit` (or another stage) ends: print the table and write the report, once."""
+        self._leave()
         if not self._printed and self._stage == "fit":
             self._printed = True
             self._finish()
@@ -216,12 +219,15 @@ class MemoryProfiler(Profiler):
         assert self._lightning_module is not None
         return self._lightning_module.trainer
 
-    def _begin_step(self) -> None:
-        assert self._schedule is not None
-        self._schedule.begin()
-        if self._schedule.session is not None and not self._joined:
-            self._joined = self._trainer().callbacks  # type: ignore[attr-defined]  # set by its callback connector
-            self._joined.append(self._callback)
+    def _join(self) -> None:
+        self._leave()
+        self._joined = self._trainer().callbacks  # type: ignore[attr-defined]  # set by its callback connector
+        self._joined.append(self._callback)
+
+    def _leave(self) -> None:
+        joined, self._joined = self._joined, []
+        if self._callback in joined:
+            joined.remove(self._callback)
 
     def _clips(self) -> bool:
         """Whether something is clipped: Lightning asks for it in every step."""
@@ -231,7 +237,6 @@ class MemoryProfiler(Profiler):
     def _finish(self, *notes: str) -> None:
         """Stop recording and make the report of the steps counted so far, if there are any."""
         schedule, self._schedule = self._schedule, None
-        self._remove_callback()
         recording = schedule.finish() if schedule is not None else None
         if recording is None:
             return
@@ -280,22 +285,16 @@ class MemoryProfiler(Profiler):
         with suppress(OSError):
             self._report.save(made_path(self._report_path()))
 
+    def _end_in(self, error: BaseException) -> None:
+        """fit ends in `error`, wherever it came from: it need not have passed through an action."""
+        self._fail(error)
+        self._tell_before_the_end()
+        self._leave()
+
     def _abort(self) -> None:
         schedule, self._schedule = self._schedule, None
         if schedule is not None:
-            self._remove_callback()
             schedule.abort()
-
-    def _switch_off(self) -> None:
-        assert self._schedule is not None
-        self._remove_callback()
-        self._schedule.abort()
-
-    def _remove_callback(self) -> None:
-        # Not by way of the Trainer: it may be gone by the time that a forgotten profiler is torn down.
-        joined, self._joined = self._joined, []
-        if self._callback in joined:
-            joined.remove(self._callback)
 
     def _report_path(self, kind: str = "") -> Path:
         folder = self.dirpath or self._log_dir or self._trainer().default_root_dir
@@ -308,8 +307,8 @@ class MemoryProfiler(Profiler):
         return path.with_name(f"{path.stem}-{rank}{path.suffix}") if rank else path
 
 
-class _BatchWitness(pl.Callback):
-    """Tells the profiler what the batch is: a profiler is told of actions only, never of what they act on."""
+class _Listener(pl.Callback):
+    """Tells the profiler what the batch is, and of the exception that ends fit: a profiler is told of actions only."""
 
     def __init__(self, profiler: MemoryProfiler) -> None:
         self._profiler = profiler
@@ -319,6 +318,10 @@ class _BatchWitness(pl.Callback):
         schedule = self._profiler._schedule
         if schedule is not None and schedule.session is not None:
             schedule.session.claim_inputs(batch)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._profiler._end_in(exception)
 
 
 class _Copies:

@@ -183,7 +183,7 @@ class _TrialProfiler(MemoryProfiler):
     @override
     def _finish(self, *notes: str) -> None:
         schedule, self._schedule = self._schedule, None
-        self._remove_callback()
+        self._leave()
         if schedule is not None:
             self.recording = schedule.finish()
 

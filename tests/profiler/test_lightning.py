@@ -1,8 +1,6 @@
 """MemoryProfiler in real Trainers, on CPU."""
 
 import json
-import sys
-from contextlib import suppress
 from typing import Any
 
 import lightning as L
@@ -150,57 +148,6 @@ def test_recording_changes_no_result_and_is_on_in_its_steps_only(tmp_path: Any) 
     for a, b in zip(plain.parameters(), recorded.parameters(), strict=True):
         assert torch.equal(a, b)
     assert recorded.hooks_seen == [False, True, True, True, True, False, False, False]
-
-
-@pytest.mark.parametrize("warmup_steps", [2, 3], ids=["counted", "warming-up"])
-@pytest.mark.parametrize("where", ["training_step", "on_after_backward", "on_train_batch_end"])
-@pytest.mark.parametrize("while_handling", [False, True], ids=["", "while-handling-another"])
-def test_an_exception_switches_it_off(
-    where: str, while_handling: bool, warmup_steps: int, tmp_path: Any, callbacks: int, capsys: Any
-) -> None:
-    module = Classifier(fail_in=where)
-    profiler = MemoryProfiler(warmup_steps=warmup_steps)
-    built = trainer(profiler, tmp_path)
-    try:
-        if while_handling:
-            raise KeyError("an older one")
-    except KeyError:
-        with pytest.raises(RuntimeError, match="the step fails"):
-            built.fit(module, data())
-    else:
-        with pytest.raises(RuntimeError, match="the step fails"):
-            built.fit(module, data())
-    assert_all_is_off(module, built, callbacks)
-    counted = warmup_steps < 3  # the third step is the last that came to its end
-    if counted:
-        assert profiler.report.notes == ("RuntimeError ended the recording after 1 step.",)
-        assert MemoryReport.load(tmp_path / "memory_report.json") == profiler.report
-    else:
-        with pytest.raises(RuntimeError, match=r"ended in .*RuntimeError"):
-            _ = profiler.report
-    assert capsys.readouterr().out.count("phase peaks") == int(counted)
-
-
-@pytest.mark.parametrize("error", [RuntimeError("the step fails"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
-def test_what_was_recorded_is_told_where_fit_ends_in_an_exception(error: BaseException, tmp_path: Any, capsys) -> None:
-    class Late(Classifier):
-        def _fail(self, where: str, step: int) -> None:
-            if where == "training_step" and step == 6:
-                raise error
-
-    profiler = MemoryProfiler()
-    with pytest.raises((RuntimeError, SystemExit)):
-        fit(Late(), tmp_path, profiler)
-    assert capsys.readouterr().out.count("phase peaks") == 1
-    assert MemoryReport.load(tmp_path / "memory_report.json") == profiler.report
-
-
-def test_an_older_exception_being_handled_is_no_reason_to_stop(tmp_path: Any) -> None:
-    try:
-        raise KeyError("out of memory, say: try again, smaller")
-    except KeyError:
-        assert sys.exc_info()[0] is KeyError
-        assert fit(Classifier(), tmp_path).profiler.report.steps == 3
 
 
 def test_a_second_fit_is_reported_anew(tmp_path: Any) -> None:
@@ -351,17 +298,6 @@ def test_the_end_of_data_of_unknown_length_ends_no_recording(tmp_path: Any) -> N
     built.fit(module, DataLoader(Stream(), batch_size=None))
     assert profiler.report.steps == 4
     assert_all_is_off(module, built, callbacks)
-
-
-def test_an_exception_that_is_caught_before_the_recording_does_not_prevent_it(tmp_path: Any) -> None:
-    class Catching(Classifier):
-        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-            if batch_idx == 0:
-                with suppress(KeyError), self.trainer.profiler.profile("mine"):
-                    raise KeyError("no matter")
-            return super().training_step(batch, batch_idx)
-
-    assert fit(Catching(), tmp_path).profiler.report.steps == 3
 
 
 class Noting(L.pytorch.loggers.Logger):
