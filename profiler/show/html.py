@@ -15,7 +15,7 @@ from .page import page
 from .svg import timeline_svg
 from .tables import MODEL_STATE
 from .timeline import COLORS, STACKED
-from .tree import Node, module_tree
+from .tree import Node, module_tree, top_level
 from .words import count_of, format_bytes, format_shape, format_share, in_words, printable, spoken
 
 _TENSORS, _DUPLICATES, _ADVICE = 20, 20, 8
@@ -184,10 +184,7 @@ def _modules(report: MemoryReport) -> str:
     root = module_tree(report)
     whole = root.bytes
     least = _LEAST_SHARE * report.peak_bytes
-    parts = [_node(child, whole, least, open_levels=2) for child in root.children]
-    if own := sum(root.own.values()):
-        parts.append(_summary(Node("the root itself", ("",), root.own), own, whole, leaf=True, opened=False, inside=""))
-    return "".join(parts)
+    return "".join(_node(node, whole, least, open_levels=2) for node in top_level(root))
 
 
 def _node(node: Node, whole: int, least_bytes: float, open_levels: int) -> str:

@@ -62,19 +62,25 @@ def module_tree(report: MemoryReport) -> Node:
     return root
 
 
+def top_level(root: Node) -> list[Node]:
+    """The root's children, and what the root itself holds beside them as one more, largest first."""
+    itself = Node("the root itself", root.paths, root.own)
+    return sorted([*root.children, itself], key=lambda node: -node.bytes)
+
+
 def largest(root: Node, count: int, least_bytes: float = 0) -> list[tuple[int, Node]]:
-    """The `count` largest nodes beneath the root, in the order of the tree, each with its depth (0: a child of root).
+    """The `count` largest nodes, in the order of the tree, each with its depth (0: of the top level).
 
     A parent is never smaller than its children, so that it is among them where they are.
     """
     deep: list[tuple[int, Node]] = []
 
-    def visit(node: Node, depth: int) -> None:
-        for child in node.children:
-            deep.append((depth, child))
-            visit(child, depth + 1)
+    def visit(nodes: list[Node], depth: int) -> None:
+        for node in nodes:
+            deep.append((depth, node))
+            visit(node.children, depth + 1)
 
-    visit(root, 0)
+    visit(top_level(root), 0)
     sizes = [node.bytes for _, node in deep]
     kept = sorted(range(len(deep)), key=lambda i: -sizes[i])[:count]
     return [deep[i] for i in sorted(kept) if sizes[i] >= least_bytes and sizes[i]]

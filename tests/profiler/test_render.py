@@ -114,6 +114,11 @@ def test_modules_show_what_they_hold_in_columns() -> None:
     assert line.split() == ["net.h.*", "x12", "480.00", "MiB", "12.00", "MiB", "24.00", "MiB", "516.00", "MiB"]
 
 
+def test_what_the_root_module_itself_holds_has_a_row() -> None:
+    report = dataclasses.replace(transformer(), modules={"": {Category.ACTIVATIONS: 400 * MIB}})
+    assert ["the", "root", "itself", "400.00", "MiB", "400.00", "MiB"] in [line.split() for line in printed(report, 80)]
+
+
 @pytest.mark.parametrize(("width", "columns"), [(100, 3), (200, 5)])
 def test_names_of_modules_are_broken_only_where_fewer_columns_do_not_help(width: int, columns: int) -> None:
     path = "vision_model.patch_embeddings.projection"

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import pytest
 from reports import MIB, transformer
 
 from lightning_mpt.profiler import Category, MemoryReport
@@ -79,3 +80,12 @@ def test_the_largest_nodes_come_with_their_parents() -> None:
     rows = [(depth, node.name) for depth, node in largest(module_tree(transformer(12)), 2)]
     assert rows == [(0, "net.h.*"), (1, "mlp")]
     assert largest(module_tree(transformer(12)), 10, least_bytes=1 << 40) == []
+
+
+@pytest.mark.parametrize(("own", "names"), [(30, ["the root itself", "a", "b"]), (15, ["a", "the root itself", "b"])])
+def test_what_the_root_itself_holds_is_among_the_largest(own: int, names: list[str]) -> None:
+    root = tree_of({"": own, "a": 20, "b": 10})
+    rows = largest(root, 3)
+    assert [node.name for _, node in rows] == names
+    assert sum(node.bytes for _, node in rows) == root.bytes
+    assert [node.name for _, node in largest(tree_of({"a": 20}), 3)] == ["a"]
