@@ -8,13 +8,28 @@ from dataclasses import dataclass
 
 from ..category import Category
 from ..report import MemoryReport
-from .changes import Option, Phases, held_by_the_loop, named, options_for, phases_of, smaller_batch, what_grows
+from .changes import (
+    IN_NO_MODULE,
+    Option,
+    Phases,
+    held_by_the_loop,
+    named,
+    options_for,
+    phases_of,
+    smaller_batch,
+    what_grows,
+)
 from .timeline import last_phase
 from .tree import module_tree
 from .words import format_bytes, format_share, in_words, spoken
 
 LEAST_SHARE = 0.01
 """Of the peak: what saves less is not worth a line."""
+_LOSS = (
+    ". The loss may be it: torch's mse_loss, smooth_l1_loss, soft_margin_loss and binary_cross_entropy give a scalar "
+    "in a storage as large as the output, which loss.clone() lets go of"
+)
+"""Autograd tells of what it saves, and not from which tensor backward starts."""
 
 
 @dataclass(frozen=True)
@@ -157,13 +172,15 @@ def _what_holds(report: MemoryReport, before: Phases) -> str:
         text += f" Of the {in_words(largest)}, {share} are in {named(block)}."
     unattributed = before[phase].get(Category.UNATTRIBUTED, 0)
     if unattributed >= LEAST_SHARE * peak_bytes:
-        held_bytes, place = held_by_the_loop(report)
+        held_bytes, where = held_by_the_loop(report)
         text += f" Unattributed, {format_share(unattributed, peak_bytes)}, has no owner that could be seen"
         if held_bytes >= LEAST_SHARE * peak_bytes:
             text += (
-                f": {format_bytes(held_bytes)} of it were born in forward, most in {place}, and are kept by something "
+                f": {format_bytes(held_bytes)} of it were born in forward, most {where}, and are kept by something "
                 "other than autograd: a variable of the loop, an attribute of a module"
             )
+            if where == IN_NO_MODULE:
+                text += _LOSS
         text += "."
     return text
 

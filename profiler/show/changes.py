@@ -25,6 +25,9 @@ _ADAM = ("adam", "adamw", "masteradamw")
 _NOT_COMPUTING = ("clip", "optimizer_step")
 """Phases in which nothing depends on the batch."""
 
+IN_NO_MODULE = "outside the modules"
+"""Where the loop itself works: where it computes the loss, say."""
+
 Phases = Mapping[str, Mapping[Category, int]]
 """Phase -> its categories at its own peak."""
 Change = Callable[[Phases], dict[str, dict[Category, int]]]
@@ -253,15 +256,21 @@ def _most(report: MemoryReport, sizes: Mapping[str, int]) -> str:
 
 
 def held_by_the_loop(report: MemoryReport) -> tuple[int, str]:
-    """What was born in forward, is kept, and has no owner: bytes, and the module most of it is from.
+    """What was born in forward, is kept, and has no owner: bytes, and where most of it was born, `in` which module.
 
     Outputs that the loop keeps are; so are small states, such as that of the random numbers in a checkpoint.
     """
     held: dict[str, int] = {}
+    outside = 0
     for tensor in report.tensors:
-        if tensor.category is Category.UNATTRIBUTED and tensor.phase == FORWARD:
-            held[tensor.module or ""] = held.get(tensor.module or "", 0) + tensor.bytes
-    return sum(held.values()), _most(report, held) if held else ""
+        if tensor.category is not Category.UNATTRIBUTED or tensor.phase != FORWARD:
+            continue
+        if tensor.module is None:
+            outside += tensor.bytes
+        else:
+            held[tensor.module] = held.get(tensor.module, 0) + tensor.bytes
+    inside = sum(held.values())
+    return inside + outside, f"in {_most(report, held)}" if inside > outside else IN_NO_MODULE
 
 
 def what_grows(report: MemoryReport) -> str | None:
@@ -279,7 +288,7 @@ def what_grows(report: MemoryReport) -> str | None:
 
 
 def _holding(report: MemoryReport) -> list[Option]:
-    held_bytes, place = held_by_the_loop(report)
+    held_bytes, where = held_by_the_loop(report)
     if not held_bytes:
         return []
 
@@ -290,7 +299,7 @@ def _holding(report: MemoryReport) -> list[Option]:
         return after
 
     text = (
-        f"Look for what keeps {format_bytes(held_bytes)} through backward, most of it from {place}, that autograd does "
+        f"Look for what keeps {format_bytes(held_bytes)} through backward, most of it born {where}, that autograd does "
         "not need: an output in a variable or in the dictionary that training_step returns, or what a module keeps in "
         "an attribute, as a cache. Let go of it before."
     )

@@ -17,10 +17,8 @@ from lightning_mpt.profiler import (
     Category,
     Duplicate,
     MemoryProfiler,
-    MemoryRecorder,
     MemoryReport,
     ModuleForward,
-    TensorUse,
     TimelinePoint,
 )
 from lightning_mpt.profiler.recording import Recording
@@ -268,40 +266,6 @@ def test_duplicates_are_worth_their_smaller_copies() -> None:
     advice = find(advise(transformer(duplicates=doubles)), "two precisions")
     assert advice.saves_bytes == pytest.approx(24 * MIB, rel=1e-6)
     assert "net.h.*.attn" in advice.text
-
-
-@pytest.mark.parametrize("kept", [True, False])
-def test_outputs_that_the_loop_holds_are_told_of(kept: bool) -> None:
-    network = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.Linear(64, 2000))
-    optimizer = torch.optim.AdamW(network.parameters())
-    with MemoryRecorder(network, optimizer, warmup_steps=1, steps=1) as recorder:
-        for _ in range(2):
-            logits = network(torch.randn(256, 8))
-            loss = torch.nn.functional.cross_entropy(logits, torch.zeros(256, dtype=torch.long))
-            if not kept:
-                del logits
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            recorder.step()
-    report, size = recorder.report, 256 * 2000 * 4
-    if kept:
-        assert report.categories[Category.UNATTRIBUTED] == pytest.approx(size, rel=0.01)
-        text = advise(report)[0].text
-        assert "1.95 MiB of it were born in forward, most in 1, and are kept by something other than autograd" in text
-        assert "an attribute of a module" in text
-        advice = find(advise(report), "Look for what keeps 1.95 MiB through backward, most of it from 1,")
-        assert advice.saves_bytes == pytest.approx(size, rel=0.01)
-    else:
-        assert report.categories[Category.UNATTRIBUTED] < 0.01 * report.peak_bytes
-        assert "nattributed" not in said(report)
-        assert "Look for what keeps" not in said(report)
-
-
-def test_a_scalar_that_the_loop_holds_is_not_what_explains_much_that_has_no_owner() -> None:
-    scalar = TensorUse(12, Category.UNATTRIBUTED, "net", None, None, "forward")
-    report = dataclasses.replace(transformer(12), phases={}, categories={Category.UNATTRIBUTED: MIB}, tensors=(scalar,))
-    assert advise(report)[0].text.endswith("Unattributed, 100.0%, has no owner that could be seen.")
 
 
 def test_nothing_that_saves_less_than_a_hundredth_is_said() -> None:
