@@ -1,9 +1,9 @@
 """MemoryProfiler: the memory profiler as Lightning's `Profiler`, for `Trainer(profiler=...)`.
 
-A step is recorded from the fetching of its batch to the end of the optimizer's step. Lightning tells a profiler when an
-action starts and stops, also when an exception passes through it: that is how the recording is switched off then, since
-Lightning tears nothing down. Of what a profiler is not told, the batch and that `fit` itself ends in an exception, it
-hears by a callback that is the Trainer's while `fit` runs.
+A step is recorded from the fetching of its batch, the first of those that accumulate for it, to the end of the
+optimizer's step. Lightning tells a profiler when an action starts and stops, also when an exception passes through it:
+that is how the recording is switched off then, since Lightning tears nothing down. Of what a profiler is not told, the
+batch and that `fit` itself ends in an exception, it hears by a callback that is the Trainer's while `fit` runs.
 """
 
 import sys
@@ -24,7 +24,7 @@ from .collect.schedule import Schedule
 from .collect.session import Session
 from .collect.sources import MAX_EVENTS, Source
 from .files import keep, made_path
-from .ledger import BACKWARD, CLIP, OPTIMIZER_STEP
+from .ledger import BACKWARD, CLIP, FORWARD, OPTIMIZER_STEP
 from .out_of_memory import explain, is_out_of_memory
 from .ranks import worst
 from .recorder import check_bounds, ended_by
@@ -47,12 +47,15 @@ class MemoryProfiler(Profiler):
     `mpt/peak_bytes` and, for every category, `mpt/peak_CATEGORY_bytes`. Of several processes each keeps its own report,
     and the first prints the one with the highest peak.
 
+    A step is what the Trainer does until an optimizer has stepped: all batches that accumulate for it
+    (`accumulate_grad_batches`), however many. Under manual optimization every batch is a step.
+
     Args:
         dirpath: folder for the report; by default the logger's, else the Trainer's `default_root_dir`.
         filename: its name, with or without `.json`; by default `memory_report`. Processes of a rank above 0 add
             `-RANK`.
-        warmup_steps: batches to let pass first, so that optimizer state and library workspaces exist.
-        steps: how many batches to record. Before and after them nothing is on, and nothing is slower.
+        warmup_steps: steps to let pass first, so that optimizer state and library workspaces exist.
+        steps: how many to record. Before and after them nothing is on, and nothing is slower.
         max_events: stop recording at the end of the step in which so many events and owners were noted; the report says
             so. On CPU, where the events are known only afterwards, the owners alone are counted: saved tensors,
             gradients, state, and runs of modules.
@@ -90,6 +93,7 @@ class MemoryProfiler(Profiler):
         self.save_snapshot = save_snapshot
         self._lightning_module: pl.LightningModule | None = None  # the Trainer sets it
         self._schedule: Schedule | None = None  # during fit, until the report is there
+        self._stepped = 0  # the Trainer's optimizer steps before this batch
         self._report: MemoryReport | None = None
         self._source: Source | None = None  # the device's own
         self._log_dir: str | None = None  # the Trainer's, in this fit
@@ -123,7 +127,7 @@ class MemoryProfiler(Profiler):
             self._join()
             self._handled, self._ran_out = sys.exc_info()[1], False
             self._why_none = (
-                f"fit ended after too few batches: it needs warmup_steps={self.warmup_steps} and at least one more"
+                f"fit ended after too few steps: it needs warmup_steps={self.warmup_steps} and at least one more"
             )
 
     @override
@@ -131,7 +135,9 @@ class MemoryProfiler(Profiler):
         if self._schedule is None:
             return
         if action_name.endswith(_FETCH):
-            self._schedule.begin()
+            self._fetch()
+        elif action_name == _BATCH:
+            self._stepped = self._trainer().global_step
         elif self._schedule.session is None:
             return
         elif action_name.endswith(_BACKWARD) and action_name.startswith("[Strategy]"):
@@ -161,7 +167,7 @@ class MemoryProfiler(Profiler):
         elif self._schedule is None:
             return
         elif action_name == _BATCH:
-            if self._schedule.end():
+            if self._ends_step() and self._schedule.end():
                 self._finish()
         elif action_name.endswith(_CLIP) and self._schedule.session is not None and self._clips():
             self._schedule.session.begin_phase(OPTIMIZER_STEP)
@@ -228,6 +234,18 @@ class MemoryProfiler(Profiler):
         joined, self._joined = self._joined, []
         if self._callback in joined:
             joined.remove(self._callback)
+
+    def _fetch(self) -> None:
+        """A batch is fetched: a step begins, or goes on with it."""
+        assert self._schedule is not None
+        self._schedule.begin()
+        if self._schedule.session is not None:
+            self._schedule.session.begin_phase(FORWARD)
+
+    def _ends_step(self) -> bool:
+        """Whether the batch that is over was the last of its step: not where gradients accumulate still."""
+        trainer = self._trainer()
+        return not trainer.lightning_module.automatic_optimization or trainer.global_step > self._stepped
 
     def _clips(self) -> bool:
         """Whether something is clipped: Lightning asks for it in every step."""

@@ -72,9 +72,9 @@ def train(
     model, data = job.target.build()
     settings = job.target.trainer_settings()
     a_step = settings.get("accumulate_grad_batches", 1)
-    warmup, counted = job.warmup_steps * a_step, job.steps * a_step
-    profiler = MemoryProfiler(folder, "profile", warmup_steps=warmup, steps=counted)
-    watch = _Watch(needed=warmup + counted, until=warmup + 2 * counted, progress=progress)
+    profiler = MemoryProfiler(folder, "profile", warmup_steps=job.warmup_steps, steps=job.steps)
+    needed = (job.warmup_steps + job.steps) * a_step
+    watch = _Watch(needed, until=needed + job.steps * a_step, progress=progress)
     trainer = pl.Trainer(
         accelerator=job.accelerator,
         devices=1,

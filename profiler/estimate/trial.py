@@ -82,7 +82,7 @@ class Trial:
         """
         memory = FakeMemory(device.block_bytes, device.workspace_bytes, device.scratch, device.amend)
         given = dict(trainer_arguments())
-        profiler = _TrialProfiler(memory, device, given.get("accumulate_grad_batches", 1))
+        profiler = _TrialProfiler(memory, device)
         try:
             with ExitStack() as stack:
                 stack.enter_context(warnings.catch_warnings())
@@ -104,7 +104,7 @@ class Trial:
             raise EstimateError(f"{_reason(error)}, which fake tensors cannot tell") from error
         recording = profiler.recording
         if recording is None:
-            raise EstimateError("no training step was run: the training ended before the second batch")
+            raise EstimateError("no training step was run: the training ended before the second")
         recording.device = f"{device.name} (estimated)"
         # No module took the time that it would take.
         recording.forwards = {path: replace(forward, time_ns=0) for path, forward in recording.forwards.items()}
@@ -113,7 +113,7 @@ class Trial:
 
     def _fit(self, module: Any, profiler: "_TrialProfiler", given: Mapping[str, Any], batch_size: int | None) -> None:
         module._apply = partial(_apply_in_place, module)
-        data = self._data
+        data, batches = self._data, STEPS * given.get("accumulate_grad_batches", 1)
         owner: Any = data if isinstance(data, pl.LightningDataModule) else module if data is None else None
         trainer = pl.Trainer(
             accelerator="cpu",
@@ -130,12 +130,12 @@ class Trial:
             **given,
         )
         if owner is None:
-            trainer.fit(module, _FakeBatches(self._first_batch(lambda: data), batch_size, profiler.batches))
+            trainer.fit(module, _FakeBatches(self._first_batch(lambda: data), batch_size, batches))
             return
         loader = owner.train_dataloader
 
         def fake_loader() -> _FakeBatches:
-            return _FakeBatches(self._first_batch(loader), batch_size, profiler.batches)
+            return _FakeBatches(self._first_batch(loader), batch_size, batches)
 
         with _replaced(owner, "train_dataloader", fake_loader):
             if owner is module:
@@ -164,9 +164,8 @@ class Trial:
 class _TrialProfiler(MemoryProfiler):
     """Records what happens to memory that is not there, and keeps quiet about it."""
 
-    def __init__(self, memory: FakeMemory, device: Device, accumulated: int) -> None:
-        super().__init__(warmup_steps=(STEPS - 1) * accumulated, steps=accumulated, max_events=NO_LIMIT)
-        self.batches = STEPS * accumulated
+    def __init__(self, memory: FakeMemory, device: Device) -> None:
+        super().__init__(warmup_steps=STEPS - 1, steps=1, max_events=NO_LIMIT)
         self._source = memory
         self._device = device
         self.recording: Recording | None = None

@@ -96,9 +96,10 @@ class Parts(L.LightningModule):
         return [torch.optim.AdamW(self.one.parameters()), torch.optim.SGD(self.two.parameters(), lr=0.1)]
 
 
+ACCUMULATED = {"accumulate_grad_batches": 2, "max_epochs": 2}  # eight steps
 KINDS: dict[str, tuple[type[L.LightningModule], dict[str, Any]]] = {
-    "accumulated": (Classifier, {"accumulate_grad_batches": 2}),
-    "accumulated, checkpointed and clipped": (Recomputing, {"accumulate_grad_batches": 2, "gradient_clip_val": 1.0}),
+    "accumulated": (Classifier, ACCUMULATED),
+    "accumulated, checkpointed and clipped": (Recomputing, {**ACCUMULATED, "gradient_clip_val": 1.0}),
     "two optimizers by hand": (Parts, {}),
     "two optimizers on shared activations": (Manual, {}),
 }

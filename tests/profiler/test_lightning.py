@@ -184,7 +184,7 @@ def test_micro_batches_and_clipping(tmp_path: Any) -> None:
 
 def test_fewer_steps_than_asked_for_are_reported_if_any_counted(tmp_path: Any) -> None:
     assert fit(Classifier(), tmp_path, max_steps=4).profiler.report.steps == 2
-    with pytest.warns(UserWarning, match="There is no memory report: fit ended after too few batches"):
+    with pytest.warns(UserWarning, match="There is no memory report: fit ended after too few steps"):
         built = fit(Classifier(), tmp_path, max_steps=2)
     with pytest.raises(RuntimeError, match="warmup_steps=2 and at least one more"):
         _ = built.profiler.report
