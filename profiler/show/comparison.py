@@ -10,6 +10,7 @@ from ..category import Category
 from ..compare.run import Row, base_of
 from .claims import FP32, Claim, left_out, saved_claims, share_claims
 from .render import format_bytes
+from .tables import portions
 
 _COLUMN = 13
 """Columns of text that a precision takes: its figure, the space on both sides, a line."""
@@ -41,12 +42,10 @@ def render_rows(
     parts: list[RenderableType] = [Text(title, style="bold")]
     base = base_of(rows)
     labels = max([_LABELS, *(len(label) + 5 for label in more or {})])
-    each = max(1, (width - labels) // _COLUMN)
-    tables = -(-len(rows) // each)
-    each = -(-len(rows) // tables) if tables else each  # as many in the first as in the last
     categories = [c for c in Category if any(r.report is not None and r.report.categories.get(c) for r in rows)]
     narrow = width < labels + len(rows) * 25
-    parts += [_table(rows[at : at + each], categories, base, narrow, more or {}) for at in range(0, len(rows), each)]
+    beside = portions(rows, (width - labels) // _COLUMN)
+    parts += [_table(some, categories, base, narrow, more or {}) for some in beside]
     for row in rows:
         if row.error:
             parts.append(Text.assemble((row.precision, "bold yellow"), f" {row.status}: {row.error}"))

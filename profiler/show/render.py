@@ -1,6 +1,6 @@
 """How a report looks in a terminal: which tables, in which order. It measures nothing."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -13,6 +13,7 @@ from .tables import (
     STYLES,
     ByWidth,
     advice_table,
+    apart,
     blank_or_bytes,
     category_table,
     duplicates_line,
@@ -22,6 +23,7 @@ from .tables import (
     new_table,
     notes_text,
     phase_table,
+    portions,
     tensor_table,
 )
 from .words import count_of, format_bytes, format_share, printable
@@ -47,7 +49,7 @@ def render_report(report: MemoryReport, *, full: bool = False) -> RenderableType
         parts.append(duplicates_line(report.duplicates))
     parts.append(notes_text(report.notes))
     parts.append(advice_table(advise(report), _ADVICE if full else _SHORT_ADVICE))
-    return Group(*_apart(part for part in parts if part is not None))
+    return apart(part for part in parts if part is not None)
 
 
 def render_comparison(comparison: Comparison) -> RenderableType:
@@ -58,9 +60,10 @@ def render_comparison(comparison: Comparison) -> RenderableType:
 
     def make(width: int) -> RenderableType:
         base, *others = comparison_names(comparison)
-        columns = max(1, (width - _NAME_WIDTH - _SIZE_WIDTH) // (_SIZE_WIDTH + _SAVED_WIDTH))
-        starts = range(0, max(len(others), 1), columns)
-        return Group(*_apart(_side_by_side(comparison, base, others, start, columns) for start in starts))
+        columns = (width - _NAME_WIDTH - _SIZE_WIDTH) // (_SIZE_WIDTH + _SAVED_WIDTH)
+        beside = list(zip(others, comparison.reports[1:], strict=True))
+        tables = [_side_by_side((base, comparison.reports[0]), some) for some in portions(beside, columns) or [()]]
+        return Group(Text("Memory at the peak", "bold"), apart(tables))
 
     return ByWidth(make)
 
@@ -68,12 +71,13 @@ def render_comparison(comparison: Comparison) -> RenderableType:
 _NAME_WIDTH, _SIZE_WIDTH, _SAVED_WIDTH = 16, 12, 9
 
 
-def _side_by_side(comparison: Comparison, base: str, others: list[str], start: int, columns: int) -> Table:
-    reports = [comparison.reports[0], *comparison.reports[1 + start : 1 + start + columns]]
-    headings = [base]
-    for name in others[start : start + columns]:
+def _side_by_side(base: tuple[str, MemoryReport], others: Sequence[tuple[str, MemoryReport]]) -> Table:
+    """Of a report by its name, and of others by theirs."""
+    reports = [report for _, report in (base, *others)]
+    headings = [base[0]]
+    for name, _ in others:
         headings += [name, "saved"]
-    table = new_table("category", *headings, title="Memory at the peak" if start == 0 else None)
+    table = new_table("category", *headings)
     for category in Category:
         sizes = [report.categories.get(category, 0) for report in reports]
         if any(sizes):
@@ -127,11 +131,3 @@ def heading(report: MemoryReport) -> Text:
     if report.optimizers:
         text.append(f", {', '.join(map(printable, report.optimizers))}")
     return text
-
-
-def _apart(parts: Iterable[RenderableType]) -> list[RenderableType]:
-    """The parts, with an empty line between one and the next."""
-    spaced: list[RenderableType] = []
-    for part in parts:
-        spaced += ["", part] if spaced else [part]
-    return spaced

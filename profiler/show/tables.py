@@ -1,10 +1,11 @@
 """The tables that a report is made of, for a terminal. They measure nothing, and fit from 60 columns on."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from rich import box
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -15,10 +16,12 @@ from .advisor import Advice
 from .tree import Node, largest, module_tree
 from .words import count_of, format_bytes, format_in, format_shape, format_share, printable, spoken, unit_of
 
+Thing = TypeVar("Thing")
+
 WIDE = 88
 """From this many columns on there is room for all that a table has to say."""
-NAME_COLUMNS, SIZE_COLUMNS = 15, 13
-"""What a category's name takes, and a size with its unit beside another."""
+NAME_COLUMNS, SIZE_COLUMNS, FIGURE_COLUMNS = 15, 14, 11
+"""What a category's name takes; a size with its unit beside another; and a size without, under a phase's name."""
 LEAST_SHARE = 0.005
 """Of the peak: modules with less are left out."""
 MODEL_STATE = (Category.WEIGHTS, Category.MASTER_WEIGHTS, Category.GRADIENTS, Category.OPTIMIZER_STATE)
@@ -36,10 +39,24 @@ class ByWidth:
         yield self.make(options.max_width)
 
 
-def new_table(first: str, *rest: str, title: str | None = None) -> Table:
+def portions(things: Sequence[Thing], room: int) -> list[Sequence[Thing]]:
+    """`things` in as few portions as there must be where `room` of them fit, about as many in each."""
+    count = -(-len(things) // max(1, room))
+    each = -(-len(things) // max(1, count))
+    return [things[at * each : (at + 1) * each] for at in range(count)]
+
+
+def apart(parts: Iterable[RenderableType]) -> Group:
+    """The parts, with an empty line between one and the next."""
+    spaced: list[RenderableType] = []
+    for part in parts:
+        spaced += ["", part] if spaced else [part]
+    return Group(*spaced)
+
+
+def new_table(first: str, *rest: str) -> Table:
     """A table with a column of names and columns of numbers."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title=title, title_justify="left")
-    table.title_style = "bold"
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column(Text(first), overflow="fold")
     for heading in rest:
         table.add_column(Text(heading), justify="right", min_width=6, overflow="fold")
@@ -65,18 +82,24 @@ def category_table(report: MemoryReport) -> Table:
 
 
 def phase_table(report: MemoryReport) -> RenderableType:
-    """Every phase's own peak by category; where there is little room, all in one unit that the heading names."""
-    phases = report.phases.values()
-    highest = max(phase.peak_bytes for phase in phases)
+    """Every phase's own peak by category; where there is little room, all in one unit that the heading names.
+
+    Where they do not fit beside each other even so, there are several tables.
+    """
+    highest = max(phase.peak_bytes for phase in report.phases.values())
     unit_bytes, unit = unit_of(highest)
 
-    def make(width: int) -> Table:
-        wide = width >= NAME_COLUMNS + SIZE_COLUMNS * len(phases)
+    def make(width: int) -> RenderableType:
+        wide = width >= NAME_COLUMNS + SIZE_COLUMNS * len(report.phases)
+        room = (width - NAME_COLUMNS) // (SIZE_COLUMNS if wide else FIGURE_COLUMNS)
+        return apart(table_of(names, wide) for names in portions(tuple(report.phases), room))
 
+    def table_of(names: Sequence[str], wide: bool) -> Table:
         def cell(size: int) -> str:
             return blank_or_bytes(size) if wide else format_in(unit_bytes, size)
 
-        table = new_table("phase peaks" if wide else f"peaks, {unit}", *map(spoken, report.phases))
+        phases = [report.phases[name] for name in names]
+        table = new_table("phase peaks" if wide else f"peaks, {unit}", *map(spoken, names))
         table.columns[0].no_wrap = True
         for category in Category:
             sizes = [phase.categories.get(category, 0) for phase in phases]

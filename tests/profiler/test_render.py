@@ -8,10 +8,11 @@ import pytest
 from reports import MIB, transformer
 from rich.console import Console
 
-from lightning_mpt.profiler import MemoryReport, TensorUse
+from lightning_mpt.profiler import MemoryReport, PhasePeak, TensorUse
 from lightning_mpt.profiler.category import Category
 from lightning_mpt.profiler.recording import Recording
 from lightning_mpt.profiler.show.render import print_comparison, print_report, report_text
+from lightning_mpt.profiler.show.tables import portions
 from lightning_mpt.profiler.show.words import count_of, format_bytes, format_shape, format_share, printable
 
 from .test_report import training_step
@@ -86,6 +87,30 @@ def test_four_phases_in_sixty_columns_are_in_one_unit_and_break_no_name() -> Non
     rows = rows[: next(index for index, row in enumerate(rows) if row[:1] == ["peak"])]
     assert {row[0] for row in rows if row} <= names
     assert any(row[-1] == f"{report.phases['forward'].categories[Category.WEIGHTS] / MIB:.2f}" for row in rows if row)
+
+
+@pytest.mark.parametrize(("width", "tables"), [(30, 4), (40, 2), (44, 2), (50, 2), (60, 1), (70, 1), (71, 1)])
+def test_phases_that_do_not_fit_beside_each_other_are_shown_in_turn(width: int, tables: int) -> None:
+    report = transformer()
+    phases = {**report.phases, "clip": next(iter(report.phases.values()))}
+    sizes = {category: 1000 * MIB + 10_000 * number for number, category in enumerate(Category)}
+    phases = {name: PhasePeak(sum(sizes.values()), sizes) for name in phases}
+    lines = printed(dataclasses.replace(report, phases=phases), width)
+    assert max(map(len, lines)) <= width
+    starts = [i for i, line in enumerate(lines) if line.startswith(("peaks, GiB", "phase peaks"))]
+    assert len(starts) == tables
+    for category, size in (*sizes.items(), ("peak", sum(sizes.values()))):
+        rows = [line.split() for line in lines[starts[0] : starts[-1] + 17] if line.startswith(f"{category} ")]
+        figures = [cell for row in rows for cell in row[1:] if cell not in ("GiB", "MiB")]
+        expected = f"{size / (1 << 30):.2f}" if width < 71 else format_bytes(size).split()[0]
+        assert figures == [expected] * 4, category
+
+
+def test_things_are_split_as_evenly_as_can_be() -> None:
+    assert portions("abcde", 4) == ["abc", "de"]
+    assert portions("abcde", 0) == ["a", "b", "c", "d", "e"]
+    assert portions("abc", 3) == ["abc"]
+    assert portions("", 3) == []
 
 
 @pytest.mark.parametrize("width", [60, 100, 200])
