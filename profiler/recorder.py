@@ -10,7 +10,7 @@ import torch
 
 from .collect.schedule import Schedule
 from .collect.session import Session
-from .collect.sources import MAX_EVENTS
+from .collect.sources import MAX_EVENTS, RecordingLost
 from .files import keep
 from .ledger import PHASES
 from .out_of_memory import explain, is_out_of_memory
@@ -81,15 +81,15 @@ class MemoryRecorder:
         self._schedule: Schedule | None = None  # within the `with` block, until the report is there
         self._passed = 0
         self._report: MemoryReport | None = None
-        self._ended_in: str | None = None  # what an exception has to do with it that there is no report
+        self._why_none: str | None = None  # there is no report, where that is not for want of steps
         self.out_of_memory_report: MemoryReport | None = None
         """What was live when memory ran out, if it did within the `with` block."""
 
     @property
     def report(self) -> MemoryReport:
-        """The report, once the counted steps are over. Raises RuntimeError before, and where none was counted."""
+        """The report, once the counted steps are over. Raises RuntimeError, with the reason, where there is none."""
         if self._report is None:
-            raise RuntimeError(f"There is no memory report: {self._ended_in or self._too_few_steps()}.")
+            raise RuntimeError(f"There is no memory report: {self._why_none or self._too_few_steps()}.")
         return self._report
 
     def _too_few_steps(self) -> str:
@@ -99,7 +99,7 @@ class MemoryRecorder:
         )
 
     def __enter__(self) -> "MemoryRecorder":
-        self._passed, self._report, self.out_of_memory_report, self._ended_in = 0, None, None, None
+        self._passed, self._report, self.out_of_memory_report, self._why_none = 0, None, None, None
         self._schedule = Schedule(self._make_session, self._warmup_steps, self._steps)
         self._schedule.begin()
         return self
@@ -119,13 +119,13 @@ class MemoryRecorder:
         if error is None:
             self._finish()
             return
-        self._ended_in = f"the `with` block ended in {kind!r}, and the recording with it"
+        self._why_none = f"the `with` block ended in {kind!r}, and the recording with it"
         counted = self._schedule.counted if self._schedule is not None else 0
         if is_out_of_memory(error):
             session = self._schedule.session if self._schedule is not None else None
             self.out_of_memory_report = explain(error, lambda: session or self._make_session())
             if self.out_of_memory_report is not None:
-                self._ended_in += "; what was live then is in `out_of_memory_report`"
+                self._why_none += "; what was live then is in `out_of_memory_report`"
         elif counted:
             with suppress(Exception):  # nothing may get in the way of the exception
                 self._finish(ended_by(error, counted))
@@ -164,7 +164,11 @@ class MemoryRecorder:
 
     def _finish(self, *notes: str) -> None:
         schedule, self._schedule = self._schedule, None
-        recording = schedule.finish() if schedule is not None else None
+        try:
+            recording = schedule.finish() if schedule is not None else None
+        except RecordingLost as error:
+            self._why_none = str(error)
+            return
         if recording is None:
             return
         recording.notes += notes

@@ -23,6 +23,16 @@ from .cuda_trace import last_failure, parse_segments, parse_trace, workspace_byt
 from .health import allocator_health, workspaces_alive
 
 MAX_EVENTS = 2_000_000
+_OURS = "lightning-mpt memory recording"
+"""The name of an event that every recording on CPU has, so that it is known for ours."""
+_ONE_AT_A_TIME = (
+    "and CPU memory is recorded through it: two recordings cannot run at once. Stop the other one "
+    "(Trainer(profiler='pytorch'), torch.profiler.profile) for these steps"
+)
+
+
+class RecordingLost(RuntimeError):
+    """What was recorded is not there any more; the text says why."""
 
 
 class Source(Protocol):
@@ -55,7 +65,10 @@ class Source(Protocol):
         ...
 
     def stop(self) -> tuple[list[Event], list[Event]]:
-        """End the recording: the blocks alive when it began, and the events since."""
+        """End the recording: the blocks alive when it began, and the events since.
+
+        Raises RecordingLost where someone else has ended it before.
+        """
         ...
 
     def abort(self) -> None:
@@ -112,10 +125,7 @@ class CPUSource:
 
     def start(self) -> None:
         if torch._C._autograd._profiler_enabled():
-            raise RuntimeError(
-                "torch.profiler is recording already, and CPU memory is recorded through it: two recordings cannot "
-                "run at once. Stop the other one (Trainer(profiler='pytorch'), torch.profiler.profile) for these steps."
-            )
+            raise RuntimeError(f"torch.profiler is recording already, {_ONE_AT_A_TIME}.")
         # Kineto of torch 2.13 writes a line to stderr whenever a profile starts or stops, through a progress bar. It
         # reads this variable once, when the first profile of the process starts.
         quiet = "KINETO_LOG_LEVEL" not in os.environ
@@ -130,21 +140,26 @@ class CPUSource:
             if quiet:
                 del os.environ["KINETO_LOG_LEVEL"]
         self._profile = profile
+        with torch.autograd.profiler.record_function(_OURS):
+            pass
 
     def stop(self) -> tuple[list[Event], list[Event]]:
-        profile, self._profile = self._profile, None
+        profile = self._profile
         if profile is None:
             return [], []
-        profile.__exit__(None, None, None)
-        assert profile.kineto_results is not None
-        return [], cpu_events(profile.kineto_results.experimental_event_tree())
+        self.abort()
+        tree = profile.kineto_results.experimental_event_tree() if profile.kineto_results is not None else []
+        # A profile that is started while another runs takes its place, and what that one had recorded is dropped.
+        if not any(node.name == _OURS for node in tree):
+            raise RecordingLost(f"torch.profiler was started in the recorded steps by someone else, {_ONE_AT_A_TIME}")
+        return [], cpu_events(tree)
 
     def event_count(self) -> int | None:
         return None
 
     def abort(self) -> None:
         profile, self._profile = self._profile, None
-        if profile is not None:
+        if profile is not None and torch._C._autograd._profiler_enabled():  # else another took its place, and ended
             profile.__exit__(None, None, None)
 
     def reset_peak(self) -> None: ...

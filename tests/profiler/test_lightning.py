@@ -190,6 +190,23 @@ def test_fewer_steps_than_asked_for_are_reported_if_any_counted(tmp_path: Any) -
         _ = built.profiler.report
 
 
+@pytest.mark.filterwarnings("ignore:Profiler clears events at the end of each cycle:UserWarning")
+def test_a_module_that_profiles_itself_is_told_why_there_is_no_report(tmp_path: Any) -> None:
+    class Profiling(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            if batch_idx != 3:
+                return super().training_step(batch, batch_idx)
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+                return super().training_step(batch, batch_idx)
+
+    module = Profiling()
+    with pytest.warns(UserWarning, match="no memory report: torch.profiler was started in the recorded steps"):
+        built = fit(module, tmp_path)
+    assert built.global_step == 8
+    assert hooks_on(module) == []
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_no_report_without_a_fit(tmp_path: Any) -> None:
     profiler = MemoryProfiler()
     with pytest.raises(RuntimeError, match="fit has not run"):

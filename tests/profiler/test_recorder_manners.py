@@ -1,12 +1,14 @@
 """MemoryRecorder's manners: it changes no result, leaves nothing on, and refuses what it cannot do."""
 
 import gc
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.profiler import ProfilerActivity
 
 from lightning_mpt.profiler import MemoryRecorder
 from lightning_mpt.profiler.collect.sources import CPUSource
@@ -223,3 +225,18 @@ def test_a_second_recording_at_once_is_refused() -> None:
 def test_a_device_that_tells_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="'meta' cannot be recorded"), MemoryRecorder(nn.Linear(2, 2, device="meta")):
         pass
+
+
+@pytest.mark.filterwarnings("ignore:Profiler clears events at the end of each cycle:UserWarning")
+@pytest.mark.parametrize("at_step", [1, 2])
+def test_a_profiler_that_the_loop_starts_itself_is_the_reason_why_there_is_no_report(at_step: int) -> None:
+    loop = mlp()
+    with MemoryRecorder(loop.module, loop.optimizer, warmup_steps=1) as recorder:
+        for i in range(3):
+            with torch.profiler.profile(activities=[ProfilerActivity.CPU]) if i == at_step else nullcontext():
+                loop.step(i)
+            recorder.step()
+    with pytest.raises(RuntimeError, match=r"no memory report: torch.profiler was started in the recorded steps by .*"):
+        _ = recorder.report
+    assert_all_is_off(loop.module)
+    assert record(loop).steps == 2

@@ -2,6 +2,7 @@
 
 import pickle
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from lightning_mpt.profiler import AllocatorHealth, MemoryRecorder, MemoryReport
 from lightning_mpt.profiler.collect import session
 from lightning_mpt.profiler.collect.health import allocator_health
-from lightning_mpt.profiler.collect.sources import CPUSource, CUDASource, source_for
+from lightning_mpt.profiler.collect.sources import CPUSource, CUDASource, RecordingLost, source_for
 
 from .test_cuda_trace import BASE, entry, segment
 
@@ -42,6 +43,21 @@ def test_cpu_source_stops_once_and_can_be_aborted() -> None:
     source.start()
     source.abort()
     source.abort()
+    assert not torch._C._autograd._profiler_enabled()
+
+
+@pytest.mark.parametrize("ends", ["before", "after", "before, with memory"])
+def test_a_profile_of_someone_else_that_took_the_place_of_the_cpu_sources_is_noticed(ends: str) -> None:
+    source, other = CPUSource(), torch.autograd.profiler.profile(profile_memory="memory" in ends, use_kineto=True)
+    source.start()
+    with other if ends != "after" else nullcontext():
+        torch.empty(100)
+    with (
+        other if ends == "after" else nullcontext(),
+        pytest.raises(RecordingLost, match=r"torch.profiler was started in the recorded steps by someone else"),
+    ):
+        source.stop()
+    assert source.stop() == ([], [])
     assert not torch._C._autograd._profiler_enabled()
 
 
