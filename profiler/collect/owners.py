@@ -178,10 +178,12 @@ class Owners:
                 yield part
 
     def claim_inputs(self, batch: Any) -> None:
-        """Every tensor in `batch`, whatever it is nested in, is an input."""
+        """Every tensor in `batch`, whatever it is nested in, is an input, unless autograd saw it made."""
         for tensor in tensors_in(batch):
-            if not tensor.requires_grad:
+            if not is_computed(tensor):
                 self.claim(Category.INPUTS, tensor, "", watch=True)
+                if tensor.requires_grad and tensor.is_leaf:  # then it gets a gradient of its own
+                    self._handles.append(tensor.register_post_accumulate_grad_hook(self._gradient))
 
     def claim_lasting(self) -> None:
         """Claim what outlives a step: parameters, gradients, buffers, optimizer state, and what the witnesses say."""
@@ -374,7 +376,7 @@ class Owners:
 
     def _gradient(self, parameter: torch.Tensor) -> None:
         self._in_backward()
-        self._claim_gradient(parameter, self._paths.get(parameter))  # type: ignore[call-overload]
+        self._claim_gradient(parameter, self._paths.get(parameter, ""))  # type: ignore[call-overload]  # "": a batch's
 
 
 class _Run(NamedTuple):

@@ -126,6 +126,18 @@ def test_what_is_viewed_of_the_batch_is_inputs_also_where_it_requires_grad() -> 
     assert recorder.report.phases["forward"].categories[Category.INPUTS] == 512 * 64 * 4
 
 
+def test_the_gradient_of_a_batch_is_a_gradient() -> None:
+    loop = mlp()
+    with MemoryRecorder(loop.module, loop.optimizer) as recorder:
+        loop.module(torch.randn(4096, 64, requires_grad=True)).sum().backward()
+        recorder.step()
+    report = recorder.report
+    gradients = max(at.categories[Category.GRADIENTS] for at in report.timeline)
+    assert 4096 * 64 * 4 <= gradients <= 4096 * 64 * 4 + 4 * report.parameters
+    assert report.phases["backward"].categories[Category.INPUTS] == 4096 * 64 * 4
+    assert max(at.categories[Category.UNATTRIBUTED] for at in report.timeline) <= 64
+
+
 def test_what_the_loop_keeps_is_named_by_nobody() -> None:
     """Logits held in a variable through backward are no activation: the report shows them, with their module."""
     loop = mlp()
