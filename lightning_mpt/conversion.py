@@ -359,6 +359,7 @@ class ConvertedModule:
         for parameter, name in self._parameters.items():
             if name in self.loaded_in_half and name in state_dict:
                 value = share(state_dict[name].float(), parameter)
+                self._masters.drop(parameter)  # and that somebody else wrote to it, since that was torch, loading
                 self._masters.write(parameter, value.to(parameter.device, copy=True), PLAIN)
                 self.loaded_in_half.discard(name)
 

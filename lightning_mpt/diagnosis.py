@@ -1,7 +1,7 @@
 """What goes wrong, in words: why steps are skipped, and settings under which weights stand still or are lost.
 
 Nothing here runs in a step that goes well. Settings are looked at when training starts, weights and gradients when
-several steps in a row were skipped, and weights once more when training is over.
+several steps in a row were skipped, and weights once more when training is over. And errors about half types.
 """
 
 import math
@@ -162,3 +162,20 @@ def _rms(tensor: Tensor) -> float:
 
 def _listed(names: Sequence[str], most: int = 10) -> str:
     return (", ".join(names[:most]) or "none") + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+HALF_MATTERS = ("Half", "BFloat16", "Simplex()")
+"""What errors of torch's say where half is the reason: types, and what a distribution's probabilities are not quite."""
+
+
+def explain_half(error: BaseException, plugin: object, dtype: torch.dtype) -> None:
+    """Say below an error of torch's about dtypes, from Python 3.11 on, what is half under the plugin and what not."""
+    if hasattr(error, "add_note") and any(word in str(error) for word in HALF_MATTERS):
+        error.add_note(
+            f"Under {plugin!r} parameters, buffers and activations are {dtype}. A tensor that is no buffer "
+            "stays FP32: register_buffer makes it one. So does what is in a batch that is an object of your own: "
+            "cast it in on_after_batch_transfer; and a module that is added during fit: add it before. What has no "
+            "half kernels, or wants more digits, such as probabilities that sum to 1, takes x.float(), and its "
+            "result is cast back by .to(x.dtype); a module is kept FP32 by fp32_modules=(TheModule,). Or let "
+            "modules mix types by autocast=True."
+        )

@@ -24,7 +24,7 @@ from .arguments import flag, module_types
 from .base import Scan, unwrapped
 from .bridge import BridgedOptimizer, bridge
 from .conversion import ConvertedModule
-from .diagnosis import Watch
+from .diagnosis import Watch, explain_half
 from .fp32_functions import FP32Functions
 from .loss_scale import ConstantLossScale, DynamicLossScale, make_loss_scale
 from .masters import MasterWeights
@@ -39,8 +39,6 @@ from .storage import master_storage, moment_storage
 from .upcast import Casts
 
 DTYPES = {"16-true": torch.float16, "bf16-true": torch.bfloat16}
-HALF_MATTERS = ("Half", "BFloat16", "Simplex()")
-"""What errors of torch's say where half is the reason: types, and what a distribution's probabilities are not quite."""
 
 
 class Clip(NamedTuple):
@@ -216,20 +214,8 @@ class MasterWeightPipeline:
             try:
                 yield
             except (RuntimeError, TypeError, ValueError) as error:  # NotImplementedError is a RuntimeError
-                self._explain(error)
+                explain_half(error, self, self._dtype)
                 raise
-
-    def _explain(self, error: BaseException) -> None:
-        """Say below an error of torch's about dtypes, from Python 3.11 on, what is half here and what is not."""
-        if hasattr(error, "add_note") and any(word in str(error) for word in HALF_MATTERS):
-            error.add_note(
-                f"Under {self!r} parameters, buffers and activations are {self._dtype}. A tensor that is no buffer "
-                "stays FP32: register_buffer makes it one. So does what is in a batch that is an object of your own: "
-                "cast it in on_after_batch_transfer; and a module that is added during fit: add it before. What has no "
-                "half kernels, or wants more digits, such as probabilities that sum to 1, takes x.float(), and its "
-                "result is cast back by .to(x.dtype); a module is kept FP32 by fp32_modules=(TheModule,). Or let "
-                "modules mix types by autocast=True."
-            )
 
     @contextmanager
     def _half_numerics(self) -> Generator[None, None, None]:
@@ -371,7 +357,11 @@ class MasterWeightPipeline:
         self._load_scale(state_dict["loss_scale"])
         self._skips.total = skipped
         self._schedules.load_state_dict(state_dict.get("held_schedules", ()))
-        for converted, names in zip(self._converted, state_dict.get("written_weights", ()), strict=False):
+        self._written = state_dict.get("written_weights", [])
+        self._expect_writes()
+
+    def _expect_writes(self) -> None:
+        for converted, names in zip(self._converted, self._written, strict=False):
             for parameter, name in converted.parameters.items():
                 if name in names:
                     self._masters.expect_writes(parameter)
@@ -387,6 +377,7 @@ class MasterWeightPipeline:
         if converted.loaded_in_half and path is not None and Path(path).is_file():
             file = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             converted.reload(file if name is None else file[name])
+            self._expect_writes()
         if converted.loaded_in_half:
             rank_zero_warn(
                 f"{len(converted.loaded_in_half)} parameters were loaded in half precision: their masters start "
