@@ -1,7 +1,8 @@
-"""What goes wrong, in words: why steps are skipped, and settings under which weights stand still or are lost.
+"""What goes wrong, in words: why steps are skipped, settings under which weights stand still or are lost, and what
+torch's errors about half types mean.
 
 Nothing here runs in a step that goes well. Settings are looked at when training starts, weights and gradients when
-several steps in a row were skipped, and weights once more when training is over. And errors about half types.
+several steps in a row were skipped, and weights once more when training is over.
 """
 
 import math
@@ -20,6 +21,8 @@ LARGEST_TYPICAL = 256.0
 """Weights are smaller on average: where the learning rate is above `LOST_SHARE` of this, none is looked at."""
 SMALLEST_EPS = 2.0**-70
 """Adds something to every root: of a gradient smaller than this, (1 - 0.999) g**2 is 0 in FP32."""
+HALF_MATTERS = ("Half", "BFloat16", "Simplex()")
+"""What errors of torch's say where half is the reason: types, and what a distribution's probabilities are not quite."""
 
 
 class Watch:
@@ -162,10 +165,6 @@ def _rms(tensor: Tensor) -> float:
 
 def _listed(names: Sequence[str], most: int = 10) -> str:
     return (", ".join(names[:most]) or "none") + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-HALF_MATTERS = ("Half", "BFloat16", "Simplex()")
-"""What errors of torch's say where half is the reason: types, and what a distribution's probabilities are not quite."""
 
 
 def explain_half(error: BaseException, plugin: object, dtype: torch.dtype) -> None:
