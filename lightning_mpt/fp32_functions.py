@@ -80,7 +80,7 @@ FOURIER = frozenset(
 """Complex numbers of FP32 parts, or real ones of such."""
 
 THROUGH_FP32 = FACTORIZATIONS | FOURIER | _named("cdist pdist quantile nanquantile histc")
-"""What is computed in FP32 where it is given half, or complex numbers of FP32 parts, and goes on in half."""
+"""What is computed in FP32 where it is given half, and goes on in half; transforms back of a spectrum too."""
 
 FILLS = _named(
     "masked_fill masked_fill_ fill_ full full_like new_full index_fill index_fill_ clamp clamp_ clamp_min clamp_min_ "
@@ -127,7 +127,7 @@ def _in_fp32(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 def _through_fp32(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What `func` gives for half tensors, computed in FP32 and rounded."""
     given = {leaf.dtype for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-    if torch.complex64 in given and torch.float32 not in given:  # what a half spectrum has become on the way
+    if func in FOURIER and torch.complex64 in given and torch.float32 not in given:  # a half spectrum, on its way back
         given.add(torch.get_default_dtype())
     half = given & set(HALF_DTYPES)
     if not half:

@@ -112,6 +112,12 @@ def test_what_comes_back_from_a_spectrum_goes_on_in_half(dtype: torch.dtype) -> 
     torch.testing.assert_close(back, (2 * x.to(dtype).float()).to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
 
 
+def test_linear_algebra_on_complex_numbers_keeps_its_type() -> None:
+    x = torch.randn(4, 4, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    with default_dtype(torch.bfloat16), FP32Functions():
+        assert torch.linalg.svdvals(x).dtype == torch.float32
+
+
 MASK = torch.tensor([True, False])
 FILLS: dict[str, tuple[Callable[[Tensor], Tensor], list[float]]] = {
     "masked_fill": (lambda x: x.masked_fill(MASK, -1e9), [-65504, 1]),
