@@ -173,7 +173,8 @@ def explain_half(error: BaseException, plugin: object, dtype: torch.dtype) -> No
         error.add_note(
             f"Under {plugin!r} parameters, buffers and activations are {dtype}. A tensor that is no buffer "
             "stays FP32: register_buffer makes it one. So does what is in a batch that is an object of your own: "
-            "cast it in on_after_batch_transfer; and a module that is added during fit: add it before. What has no "
+            "cast it in on_after_batch_transfer; and a module that is added during fit: add it before. The .sum() of a "
+            "whole tensor is FP32, and so is a stack of such: .to(x.dtype) makes it half. What has no "
             "half kernels, or wants more digits, such as probabilities that sum to 1, takes x.float(), and its "
             "result is cast back by .to(x.dtype); a module is kept FP32 by fp32_modules=(TheModule,). Or let "
             "modules mix types by autocast=True."

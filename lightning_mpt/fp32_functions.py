@@ -4,12 +4,14 @@ Losses, sums over a whole batch that no later rounding should touch, would be co
 are given FP32 ones (Micikevicius et al., arXiv 1710.03740, section 3.3). Linear algebra, as orthogonal weights and
 flows have it, has no half kernels, and a matrix exponential in half is NaN on a CPU: it is given FP32 too. So are
 distances, quantiles and Fourier transforms, which have half kernels on some devices and for some shapes. The sum of all
-elements of a tensor, as losses written by hand have it, is an FP32 number.
+elements of a tensor, as losses written by hand have it, is an FP32 number. And a number of the caller's that half does
+not reach, as large as a mask's or as small as an eps, becomes the nearest that it does.
 """
 
 import math
+import warnings
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -88,6 +90,12 @@ FILLS = _named(
 ) | {F.pad}
 """What writes a number of the caller's into a tensor, and ends in an error where half does not reach so far."""
 
+OFFSETS = _named("add add_")
+"""What adds a small number of the caller's, so that no root, logarithm or quotient meets a zero."""
+
+FLOORS = {F.normalize: 1e-12, F.cosine_similarity: 1e-8}
+"""What divides by norms of `eps` at least, its fourth argument, and what that is where none is given."""
+
 CASTS = frozenset({Tensor.float, Tensor.to, Tensor.type})
 """How callers bring logits to FP32 themselves."""
 
@@ -97,7 +105,8 @@ class FP32Functions(TorchFunctionMode):
 
     Cross entropy over many classes is computed in FP32 without an FP32 copy of all logits (`cross_entropy.py`), also
     where the caller brings them to FP32: a vocabulary's copy waits until something needs it (`upcast.py`). A number
-    that the half type does not reach, such as -1e9 or FP32's lowest in a mask, becomes the last one that it does.
+    that the half type does not reach, such as -1e9 or FP32's lowest in a mask, becomes the last one that it does; one
+    so small that it would be 0, such as an eps of 1e-8, the first.
 
     Args:
         casts: what decides about the callers' casts, and learns from each.
@@ -145,16 +154,54 @@ def _cross_entropy(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
     return _in_fp32(func, args, kwargs) if loss is None else loss
 
 
+def _of_probabilities(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    probabilities = args[0] if args else kwargs["input"]
+    if probabilities.dtype in HALF_DTYPES and not torch.compiler.is_compiling():
+        warn_of_probabilities()
+    return _in_fp32(func, args, kwargs)
+
+
+@cache
+def warn_of_probabilities() -> None:
+    """Warn, once: each step would say the same."""
+    warnings.warn(
+        "binary_cross_entropy was given probabilities in half precision. From 0.998 on they are 1 in bfloat16, from "
+        "0.9998 on in float16, and one that is wrong there has no gradient: leave the sigmoid away, and use "
+        "binary_cross_entropy_with_logits (BCEWithLogitsLoss).",
+        stacklevel=2,
+    )
+
+
 def _sum(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    whole = len(args) == 1 and not kwargs and args[0].dtype in HALF_DTYPES
+    whole = len(args) == 1 and not kwargs and args[0].dtype in HALF_DTYPES and not _one_of_a_batch(args[0])
     return func(*args, dtype=torch.float32) if whole else func(*args, **kwargs)
+
+
+def _one_of_a_batch(x: Tensor) -> bool:
+    """Whether `x` is one of many that `torch.vmap` takes at once: then its sum is one of a tensor's elements."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(x)
+
+
+def _offset(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if len(args) == 2 and isinstance(args[1], float) and args[0].dtype in HALF_DTYPES:
+        args = (args[0], _not_zero(args[1], args[0].dtype))
+    return func(*args, **kwargs)
+
+
+def _floored(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    dtype = _written_dtype([*args, *kwargs.values()])
+    if dtype not in HALF_DTYPES:
+        return func(*args, **kwargs)
+    eps = args[3] if len(args) > 3 else kwargs.get("eps", FLOORS[func])
+    # Of a norm below the smallest normal number, half has hardly a digit.
+    return func(*args[:3], **{**kwargs, "eps": max(eps, torch.finfo(dtype).smallest_normal)})
 
 
 def _saturated(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What `func` gives, with the numbers that it was given inside the range of the half type that it writes."""
     dtype = kwargs.get("dtype") or _written_dtype([*args, *kwargs.values()])
     if dtype in HALF_DTYPES:
-        within = partial(_in_range, limit=torch.finfo(dtype).max)
+        within = partial(_in_range, dtype=dtype)
         args, kwargs = tuple(map(within, args)), {name: within(value) for name, value in kwargs.items()}
     return func(*args, **kwargs)
 
@@ -167,10 +214,19 @@ def _written_dtype(values: list[Any]) -> torch.dtype:
     return next((dtype for dtype in dtypes if dtype.is_floating_point), dtypes[0])
 
 
-def _in_range(value: Any, limit: float) -> Any:
-    if isinstance(value, int | float) and limit < abs(value) < math.inf:
-        return math.copysign(limit, value)
-    return value
+def _in_range(value: Any, dtype: torch.dtype) -> Any:
+    """`value`, or, where it is a number that `dtype` does not reach, the nearest that it does and that is not zero."""
+    if not isinstance(value, int | float):
+        return value
+    limit = torch.finfo(dtype).max
+    return math.copysign(limit, value) if limit < abs(value) < math.inf else _not_zero(value, dtype)
+
+
+def _not_zero(number: float, dtype: torch.dtype) -> float:
+    """`number`, or the smallest of `dtype` where that would make zero of it."""
+    range_of = torch.finfo(dtype)
+    smallest = range_of.smallest_normal * range_of.eps
+    return math.copysign(smallest, number) if 0 < abs(number) < smallest else number
 
 
 def _to_fp32(value: Any) -> Any:
@@ -182,6 +238,9 @@ WAYS: dict[Any, Callable[[Function, tuple[Any, ...], dict[str, Any]], Any]] = {
     **dict.fromkeys(THROUGH_FP32, _through_fp32),
     **dict.fromkeys(SUMS, _sum),
     **dict.fromkeys(FILLS, _saturated),
+    **dict.fromkeys(OFFSETS, _offset),
+    **dict.fromkeys(FLOORS, _floored),
     F.cross_entropy: _cross_entropy,
+    F.binary_cross_entropy: _of_probabilities,
 }
 """How each function is called within the mode."""

@@ -1,5 +1,6 @@
 """FP32 sums and losses, and global switches that are afterwards what they were."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_mpt.fp32_functions import LOSSES, FP32Functions
+from lightning_mpt.fp32_functions import LOSSES, FP32Functions, warn_of_probabilities
 from lightning_mpt.numerics import default_dtype, fp32_sums
 
 MATMUL = torch.backends.cuda.matmul
@@ -81,6 +82,7 @@ def test_every_loss_is_tried_here() -> None:
     assert set(CALLS) == set(LOSSES)
 
 
+@pytest.mark.filterwarnings("ignore:binary_cross_entropy was given probabilities")
 @pytest.mark.parametrize("loss", CALLS, ids=lambda loss: loss.__name__)
 def test_losses_of_half_tensors_are_the_fp32_ones(loss: Callable[..., Tensor]) -> None:
     arguments = CALLS[loss]
@@ -127,11 +129,19 @@ FILLS: dict[str, tuple[Callable[[Tensor], Tensor], list[float]]] = {
     "pad": (lambda x: F.pad(x, (0, 1), value=-1e9), [1, 1, -65504]),
     "full": (lambda x: torch.full((2,), 1e9), [65504, 65504]),
     "infinite": (lambda x: torch.where(MASK, x, -torch.inf), [1, -torch.inf]),
+    "small": (lambda x: x.masked_fill(MASK, -1e-8), [-(2**-24), 1]),
+    "clamp": (lambda x: (0 * x).clamp_min(1e-12), [2**-24, 2**-24]),
+    "plus": (lambda x: 0 * x + 1e-8, [2**-24, 2**-24]),
+    "to a number": (lambda x: 1e-8 + 0 * x, [2**-24, 2**-24]),
+    "function": (lambda x: torch.add(0 * x, 1e-8), [2**-24, 2**-24]),
+    "in place": (lambda x: (0 * x).add_(-1e-8), [-(2**-24), -(2**-24)]),
+    "no less": (lambda x: 0 * x + 1e-6, [17 * 2**-24, 17 * 2**-24]),
+    "zero": (lambda x: 0 * x + 0.0, [0, 0]),
 }
 
 
 @pytest.mark.parametrize("fill", FILLS)
-def test_a_number_beyond_half_becomes_the_last_one(fill: str) -> None:
+def test_a_number_beyond_half_becomes_the_nearest_in_it(fill: str) -> None:
     call, expected = FILLS[fill]
     with default_dtype(torch.float16), FP32Functions():
         assert call(torch.ones(2)).tolist() == expected
@@ -156,6 +166,50 @@ def test_whole_numbers_stay_whole(call: Callable[[Tensor], Tensor]) -> None:
         ids = call(torch.zeros(2, dtype=torch.int64))
     assert ids.dtype == torch.int64
     assert ids.tolist() == [128000, 128000]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("eps", [(), (1e-12,)])
+def test_a_row_of_zeros_has_a_direction_and_a_gradient(dtype: torch.dtype, eps: tuple[float, ...]) -> None:
+    x = torch.tensor([[0.0, 0.0], [3.0, 4.0]], dtype=dtype, requires_grad=True)
+    with default_dtype(dtype), FP32Functions():
+        direction = F.normalize(x, 2, -1, *eps)
+        cosine = F.cosine_similarity(x, x.detach(), -1, *eps)
+        normalized = F.normalize(input=x, dim=-1)
+    (direction + cosine + normalized).sum().backward()
+    assert direction.dtype == cosine.dtype == dtype
+    torch.testing.assert_close(direction.float(), torch.tensor([[0.0, 0.0], [0.6, 0.8]]), atol=4e-3, rtol=0)
+    torch.testing.assert_close(cosine.float(), torch.tensor([0.0, 1.0]), atol=4e-3, rtol=0)
+    assert torch.equal(direction, normalized)
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+
+
+def test_an_eps_that_half_holds_is_the_callers() -> None:
+    x = torch.tensor([[3e-3, 4e-3]], dtype=torch.bfloat16)
+    with FP32Functions():
+        torch.testing.assert_close(F.normalize(x, eps=1.0).float(), x.float())
+
+
+def test_half_probabilities_in_a_loss_are_warned_of_once() -> None:
+    warn_of_probabilities.cache_clear()
+    logits = half(4, 3)
+    with FP32Functions(), warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            torch.nn.BCELoss()(logits.sigmoid(), torch.zeros(4, 3))
+            F.binary_cross_entropy(logits.float().sigmoid(), torch.zeros(4, 3))
+            F.binary_cross_entropy_with_logits(logits, torch.zeros(4, 3))
+    assert len(given) == 1
+    assert "use binary_cross_entropy_with_logits" in str(given[0].message)
+
+
+def test_sums_of_all_are_fp32_and_those_of_each_are_half() -> None:
+    x = half(4, 3)
+    with FP32Functions():
+        assert (x * x).sum().dtype == torch.float32
+        assert torch.vmap(lambda row: (row * row).sum())(x).dtype == torch.bfloat16
+        assert torch.func.grad(lambda rows: (rows * rows).sum())(x).dtype == torch.bfloat16
 
 
 def test_nothing_else_is_touched() -> None:
