@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from .conversion import RUNNING_NORMS
+from .fp32_modules import RUNNING_NORMS
 
 
 def flag(name: str, given: Any) -> bool:

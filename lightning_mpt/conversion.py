@@ -4,29 +4,23 @@
 reference stays good, and keeps the FP32 values in `MasterWeights`. While the module is half, `state_dict()` gives, and
 `load_state_dict()` takes, FP32 values, of the whole module or of any part. `restore` makes it FP32 again.
 
-Norms with running statistics stay FP32: a running mean is a sum over many batches. Their kernels take half activations
-beside FP32 parameters. Other types may be named; their inputs are cast to FP32 and their outputs back to half.
+What stays FP32 within it, such as norms with running statistics, is decided in `fp32_modules.py`.
 """
 
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.utils._pytree import tree_map
 
+from .fp32_modules import RUNNING_NORMS, kept_in_fp32, meet_half
+from .fp32_values import PLAIN, FP32Values, is_half, let_go_of_copy
 from .masters import MasterWeights
-from .shards import any_sharded, local, replace, sharded_groups, share
-from .storage import HALF_DTYPES, master_storage
+from .shards import any_sharded, local, replace, sharded_groups
+from .storage import HALF_DTYPES
 
-RUNNING_NORMS = (_BatchNorm, _InstanceNorm)
-PLAIN = master_storage("float32")
 DTYPE = attrgetter("dtype")
 
 
@@ -42,8 +36,7 @@ class ConvertedModule:
     Attributes:
         was_half: names of parameters that were half already; their masters start from those values.
         half_norms: names of norms with running statistics that become half, statistics too.
-        loaded_in_half: names of parameters for which `load_state_dict` was given nothing but their own half values, as
-            torch does where it loads a whole file into sharded parameters: `reload` has the rest.
+        values: the FP32 values, as `state_dict` gives them.
 
     Raises:
         TypeError: a parameter is float64, or complex and not frozen.
@@ -61,24 +54,15 @@ class ConvertedModule:
         self.module = module
         self._dtype = dtype
         self._masters = masters
-        self._buffers: dict[tuple[nn.Module, str], Tensor] = {}
-        """The FP32 value of every buffer that became half, on the host."""
-        self._parts: set[nn.Module] = set()
-        """The modules whose own parameters and buffers are half."""
+        self.values = FP32Values(dtype, masters)
+        self.values.whole = module
+        self._met = set(module.modules())
+        """All modules that there were; others may be added in training."""
         self._widened: set[Tensor] = set()
-        self._loading: dict[Tensor, Tensor] = {}
-        self.loaded_in_half: set[str] = set()
-        self._decoded: dict[Tensor, tuple[int, weakref.ref[Tensor]]] = {}
         self._handles: list[Any] = []
-        kept: set[nn.Module] = set()
-        cast_around: set[nn.Module] = set()
-        for part in module.modules():  # a module comes before its children
-            if isinstance(part, fp32_modules) and part not in kept:
-                kept.update(part.modules())
-                if not isinstance(part, RUNNING_NORMS):
-                    cast_around.add(part)
-        stays = {id(tensor) for part in kept for tensor in _own_tensors(part)}
-        self._parameters = {
+        kept = kept_in_fp32(module, fp32_modules)
+        stays = {id(tensor) for part in kept for tensor in part.parameters(recurse=False)}
+        self._parameters = self.values.names = {
             parameter: name
             for name, parameter in module.named_parameters()
             if parameter.is_floating_point() and id(parameter) not in stays
@@ -95,29 +79,20 @@ class ConvertedModule:
             if parameter.dtype in HALF_DTYPES and parameter not in masters
         ]
         try:
-            self._convert_module(kept, cast_around)
+            self._convert_module(kept)
         except BaseException:  # out of memory, most likely
             self.restore()
             raise
 
-    def _convert_module(self, kept: set[nn.Module], cast_around: set[nn.Module]) -> None:
+    def _convert_module(self, kept: set[nn.Module]) -> None:
         for parameter in self._parameters:
             if parameter not in self._masters:  # another module has it too, and is converted
                 self._convert(parameter)
+        self._handles += meet_half(self.module, kept, self._dtype)
         for part in self.module.modules():
             if part not in kept:
-                self._parts.add(part)
-                self._convert_buffers(part)
-            if part in cast_around:
-                self._handles += [
-                    part.register_forward_pre_hook(_inputs_to_fp32, with_kwargs=True),
-                    part.register_forward_hook(self._outputs_to_half),
-                ]
-            self._handles += [  # as functions of nn.Module: what torch.jit.script gives has the hooks, not the methods
-                nn.Module.register_state_dict_post_hook(part, partial(self._give_fp32)),  # torch marks it: no method
-                nn.Module._register_load_state_dict_pre_hook(part, self._take_fp32, with_module=True),
-                nn.Module.register_load_state_dict_post_hook(part, self._write_fp32),
-            ]
+                self.values.convert_buffers(part)
+            self._handles += self.values.hook(part)
         self._shards_changed()
 
     def _shards_changed(self) -> None:
@@ -170,7 +145,7 @@ class ConvertedModule:
         Args:
             write: afterwards the half ones and their masters become what these hold. Else they are only to be read.
         """
-        halves = dict(self._half_buffers())
+        halves = dict(self.values.half_buffers())
         places = [
             (part._parameters, name, p)
             for part in self.module.modules()
@@ -179,7 +154,7 @@ class ConvertedModule:
         ]
         with torch.inference_mode(False):  # validation has it on, and what is made in it could not be trained
             parameters = {p: nn.Parameter(self._masters.read(p), p.requires_grad) for p in self._parameters}
-            buffers = {key: self._buffer_in_fp32(key, half) for key, half in halves.items()}
+            buffers = {key: self.values.buffer(key, half) for key, half in halves.items()}
         try:
             for held, name, parameter in places:
                 held[name] = parameters[parameter]
@@ -197,15 +172,7 @@ class ConvertedModule:
                     # Plainly, so that an average loses no bit: the optimizer stores it in its own way when it steps.
                     self._masters.write(parameter, value.detach(), PLAIN)
                 for key, value in buffers.items():
-                    halves[key].copy_(self._saturated(value))
-                    self._buffers[key] = value.cpu()
-
-    def _half_buffers(self) -> Iterator[tuple[tuple[nn.Module, str], Tensor]]:
-        """The buffers that are half: they became so, or were registered in training, as pruning does with its masks."""
-        for part in self._parts:
-            for name, now in part._buffers.items():
-                if _is_half(now):
-                    yield (part, name), now  # type: ignore[misc]
+                    self.values.write_buffer(key, halves[key], value)
 
     def narrow_gradients(self) -> None:
         """Gradients that were summed up in FP32 become half again: for a backward whose end reduces them over ranks.
@@ -230,10 +197,23 @@ class ConvertedModule:
             if parameter in self._widened:
                 parameter.grad_dtype = None  # any: the nearest there is to never having said it
             self._masters.drop(parameter)
-        for (part, name), half in list(self._half_buffers()):
-            part._buffers[name] = self._buffer_in_fp32((part, name), half)
-        self._buffers, self._parts, self._handles = {}, set(), []
+        for (part, name), half in list(self.values.half_buffers()):
+            part._buffers[name] = self.values.buffer((part, name), half)
+        for part in self.module.modules():
+            if part not in self._met:  # added in training, where half is the default, and copies are half
+                self._restore_added(part)
+        self.values, self._handles = FP32Values(self._dtype, self._masters), []
         self._shards_changed()
+
+    def _restore_added(self, part: nn.Module) -> None:
+        values = nn.Module.state_dict(part)  # FP32 already, where it is a copy
+        let_go_of_copy(part)
+        for name, parameter in part._parameters.items():
+            if parameter is not None and is_half(parameter) and parameter not in self._masters:
+                replace(parameter, values[name].to(parameter.device, torch.float32))
+        for name, buffer in part._buffers.items():
+            if buffer is not None and is_half(buffer):
+                part._buffers[name] = values.get(name, buffer).to(buffer.device, torch.float32)
 
     def _check(self) -> None:
         for part_name, part in self.module.named_modules():
@@ -297,89 +277,3 @@ class ConvertedModule:
         parameter.grad = None
         replace(parameter, torch.empty_like(original, dtype=self._dtype))
         self._masters.write(parameter, original, PLAIN)
-
-    def _convert_buffers(self, part: nn.Module) -> None:
-        for name, buffer in part._buffers.items():
-            if buffer is not None and buffer.is_floating_point():
-                self._buffers[part, name] = buffer.cpu()
-                part._buffers[name] = self._saturated(buffer)
-
-    def _saturated(self, buffer: Tensor) -> Tensor:
-        """A buffer in half. A mask of -1e9 stays finite: it becomes the lowest half number."""
-        limit = torch.finfo(self._dtype).max
-        return torch.where(buffer.isfinite(), buffer.clamp(-limit, limit), buffer).to(self._dtype)
-
-    def _buffer_in_fp32(self, key: tuple[nn.Module, str], now: Tensor) -> Tensor:
-        """A buffer's FP32 value: the original one, unless there was none or training has written to the half one."""
-        original = self._buffers.get(key)
-        if original is None or now.shape != original.shape or not torch.equal(now.cpu(), self._saturated(original)):
-            return now.float()
-        return original.to(now.device)
-
-    # -- the module's state_dict --------------------------------------------------------------------------------
-
-    def _give_fp32(self, part: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-        for name, parameter in part._parameters.items():
-            if parameter in self._parameters and prefix + name in state_dict:
-                state_dict[prefix + name] = self._decode(parameter)
-        for name, buffer in part._buffers.items():
-            # FP32 already, where the part belongs to another converted module too.
-            if buffer is not None and _is_half(state_dict.get(prefix + name)) and part in self._parts:
-                state_dict[prefix + name] = self._buffer_in_fp32((part, name), buffer)
-
-    def _decode(self, parameter: Tensor) -> Tensor:
-        """The parameter's FP32 value; of a tied one the same tensor again, as in any state_dict, while it is in use."""
-        version, reference = self._decoded.get(parameter, (None, None))
-        value = reference() if reference is not None and version == parameter._version else None
-        if value is None:
-            value = self._masters.read(parameter)
-            if value.device.type == "cuda":
-                value = value.cpu()  # a whole FP32 model more might not fit the device in the middle of training
-            self._decoded[parameter] = (parameter._version, weakref.ref(value))
-        return value
-
-    def _take_fp32(self, part: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        for name, parameter in part._parameters.items():
-            value = state_dict.get(prefix + name)
-            if parameter in self._parameters and isinstance(value, Tensor) and value.shape == parameter.shape:
-                if value is parameter:
-                    self.loaded_in_half.add(self._parameters[parameter])
-                else:
-                    self._loading[parameter] = value
-
-    def _write_fp32(self, part: nn.Module, _: Any) -> None:
-        """After torch has copied the loaded values into the half weights: give the masters all their bits."""
-        for parameter in part._parameters.values():
-            if parameter is not None and parameter in self._loading:
-                value = self._loading.pop(parameter)
-                self._masters.write(parameter, value.to(parameter.device, torch.float32, copy=True))
-
-    def reload(self, state_dict: dict[str, Any]) -> None:
-        """Give the masters of what was loaded in half the FP32 values of that file: whole tensors, by their names."""
-        for parameter, name in self._parameters.items():
-            if name in self.loaded_in_half and name in state_dict:
-                value = share(state_dict[name].float(), parameter)
-                self._masters.drop(parameter)  # and that somebody else wrote to it, since that was torch, loading
-                self._masters.write(parameter, value.to(parameter.device, copy=True), PLAIN)
-                self.loaded_in_half.discard(name)
-
-    def _outputs_to_half(self, module: nn.Module, args: Any, output: Any) -> Any:
-        return tree_map(lambda value: _cast(value, torch.float32, self._dtype), output)
-
-
-def _is_half(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype in HALF_DTYPES
-
-
-def _own_tensors(part: nn.Module) -> Iterator[Tensor]:
-    yield from part.parameters(recurse=False)
-    yield from part.buffers(recurse=False)
-
-
-def _inputs_to_fp32(module: nn.Module, args: Any, kwargs: Any) -> Any:
-    return tree_map(lambda value: _cast(value, (torch.float16, torch.bfloat16), torch.float32), (args, kwargs))
-
-
-def _cast(value: Any, source: torch.dtype | tuple[torch.dtype, ...], target: torch.dtype) -> Any:
-    sources = source if isinstance(source, tuple) else (source,)
-    return value.to(target) if isinstance(value, Tensor) and value.dtype in sources else value

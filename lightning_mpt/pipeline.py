@@ -374,16 +374,16 @@ class MasterWeightPipeline:
             path: the file.
             name: of the module's state_dict in the file; None where that is all there is.
         """
-        if converted.loaded_in_half and path is not None and Path(path).is_file():
+        if converted.values.loaded_in_half and path is not None and Path(path).is_file():
             file = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            converted.reload(file if name is None else file[name])
+            converted.values.reload(file if name is None else file[name])
             self._expect_writes()
-        if converted.loaded_in_half:
+        if converted.values.loaded_in_half:
             rank_zero_warn(
-                f"{len(converted.loaded_in_half)} parameters were loaded in half precision: their masters start "
+                f"{len(converted.values.loaded_in_half)} parameters were loaded in half precision: their masters start "
                 "from the half values. Load a checkpoint that was saved with save_distributed_checkpoint=True."
             )
-            converted.loaded_in_half.clear()
+            converted.values.loaded_in_half.clear()
 
     def _load_scale(self, state_dict: dict[str, Any]) -> None:
         self._loss_scale.load_state_dict(state_dict)

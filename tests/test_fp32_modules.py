@@ -1,0 +1,82 @@
+"""What stays FP32 among half modules, and how it meets them."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lightning_mpt import MasterWeightPrecision
+from lightning_mpt.conversion import ConvertedModule
+from lightning_mpt.masters import MasterWeights
+from tests.training import Classifier, classification, fit
+
+POSITIONS = 2048
+
+
+class Rotary(nn.Module):
+    """As it is written in many a model: sines and cosines in the type of the frequencies."""
+
+    def __init__(self, width: int, *, learnt: bool = False) -> None:
+        super().__init__()
+        frequencies = 10000 ** -(torch.arange(0, width, 2) / width).float()
+        self.register_buffer("inv_freq", frequencies, persistent=False)
+        if learnt:
+            self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        angles = torch.outer(torch.arange(x.shape[-2]).to(self.inv_freq), self.inv_freq)
+        angles = torch.cat((angles, angles), -1)
+        return angles.cos(), angles.sin()
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.rotary, self.qkv = Rotary(width), nn.Linear(width, 3 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        cos, sin = self.rotary(x)
+        q, k, v = self.qkv(x).chunk(3, -1)
+        first, second = k.chunk(2, -1)
+        return F.scaled_dot_product_attention(q * cos, k * cos + torch.cat((-second, first), -1) * sin, v)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_angles_of_far_positions_are_those_of_fp32(dtype: torch.dtype) -> None:
+    rotary, x = Rotary(16), torch.zeros(POSITIONS, 16)
+    cos, sin = rotary(x)
+    converted = ConvertedModule(nn.Sequential(rotary), dtype, MasterWeights())
+    for half, fp32 in zip(rotary(x.to(dtype)), (cos, sin), strict=True):
+        assert half.dtype == dtype
+        torch.testing.assert_close(half.float(), fp32, rtol=0, atol=torch.finfo(dtype).eps)
+    converted.restore()
+    assert torch.equal(rotary(x)[0], cos)
+
+
+def test_what_has_weights_beside_its_frequencies_is_half() -> None:
+    rotary = Rotary(16, learnt=True)
+    ConvertedModule(rotary, torch.bfloat16, MasterWeights())
+    assert rotary.inv_freq.dtype == rotary.scale.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("precision", ["16-true", "bf16-true"])
+def test_attention_of_ones_own_trains(precision: Any) -> None:
+    batches = [(x.unsqueeze(1).repeat(1, 5, 1), y) for x, y in classification(4)]
+    net = nn.Sequential(Attention(), nn.Flatten(), nn.Linear(5 * 16, 4))
+    fit(Classifier(net), batches, MasterWeightPrecision(precision))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_llama_sees_the_positions_that_it_saw_in_fp32(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=32, max_position_embeddings=POSITIONS, **sizes))
+    x, positions = torch.zeros(1, POSITIONS, 32), torch.arange(POSITIONS)[None]
+    fp32 = llama.model.rotary_emb(x, positions)
+    ConvertedModule(llama, dtype, MasterWeights())
+    for half, expected in zip(llama.model.rotary_emb(x.to(dtype), positions), fp32, strict=True):
+        assert half.dtype == dtype
+        torch.testing.assert_close(half.float(), expected, rtol=0, atol=torch.finfo(dtype).eps)
