@@ -58,14 +58,13 @@ class ConvertedModule:
         self.values.whole = module
         self._met = set(module.modules())
         """All modules that there were; others may be added in training."""
-        self._widened: set[Tensor] = set()
         self._handles: list[Any] = []
         kept = kept_in_fp32(module, fp32_modules)
         stays = {id(tensor) for part in kept for tensor in part.parameters(recurse=False)}
         self._parameters = self.values.names = {
             parameter: name
             for name, parameter in module.named_parameters()
-            if parameter.is_floating_point() and id(parameter) not in stays
+            if parameter.is_floating_point() and parameter.itemsize > 1 and id(parameter) not in stays  # float8 stays
         }
         self._check()
         self.half_norms = [
@@ -124,18 +123,14 @@ class ConvertedModule:
         """
         for parameter in self._parameters:
             gradient = parameter.grad
-            if gradient is None:
-                if parameter in self._widened and parameter.grad_dtype != parameter.dtype:
-                    parameter.grad_dtype = parameter.dtype
-            elif gradient.dtype in HALF_DTYPES and parameter.requires_grad:
+            if gradient is not None and gradient.dtype in HALF_DTYPES and parameter.requires_grad:
                 self.give_gradient(parameter, gradient.float())
 
     def give_gradient(self, parameter: Tensor, gradient: Tensor) -> None:
         """Make `gradient` (float32) the gradient of one of the module's parameters, half or not."""
-        parameter.grad = None
         if parameter in self._parameters:
-            parameter.grad_dtype = torch.float32
-            self._widened.add(parameter)
+            parameter.grad = None
+            parameter.grad_dtype = None  # any: backward may make a half one again, and so may the user
         parameter.grad = gradient
 
     @contextmanager
@@ -177,14 +172,11 @@ class ConvertedModule:
     def narrow_gradients(self) -> None:
         """Gradients that were summed up in FP32 become half again: for a backward whose end reduces them over ranks.
 
-        `DistributedDataParallel` reduces in the parameters' dtype, so that the sum is rounded once in any case. A
-        parameter with no gradient is told so too: backward would make an FP32 one where the last step's was.
+        `DistributedDataParallel` reduces in the parameters' dtype, so that the sum is rounded once in any case.
         """
-        for parameter in self._widened:
-            if parameter.grad_dtype != parameter.dtype:
-                gradient, parameter.grad = parameter.grad, None
-                parameter.grad_dtype = parameter.dtype
-                parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
+        for parameter in self._parameters:
+            if parameter.grad is not None and parameter.grad.dtype != parameter.dtype:
+                parameter.grad = parameter.grad.to(parameter.dtype)
 
     def restore(self) -> None:
         """Make the module FP32 again, with the values of the masters, and let go of it. Gradients are dropped."""
@@ -194,8 +186,6 @@ class ConvertedModule:
             value = self._masters.read(parameter).to(parameter.device)
             parameter.grad = None
             replace(parameter, value)
-            if parameter in self._widened:
-                parameter.grad_dtype = None  # any: the nearest there is to never having said it
             self._masters.drop(parameter)
         for (part, name), half in list(self.values.half_buffers()):
             part._buffers[name] = self.values.buffer((part, name), half)
@@ -241,7 +231,7 @@ class ConvertedModule:
                     "convert the module with .float(), or train with precision='64-true'."
                 )
             held = local(parameter).detach()
-            if held.numel() == 0 or not held.is_floating_point():
+            if held.numel() == 0 or not held.is_floating_point() or held.itemsize == 1:
                 continue
             lowest, highest = (bound.item() for bound in torch.aminmax(held))
             largest = max(abs(lowest), abs(highest))

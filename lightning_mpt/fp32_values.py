@@ -52,8 +52,8 @@ class FP32Values:
         """Make the floating buffers of one of the `parts` half."""
         self.parts.add(part)
         for name, buffer in part._buffers.items():
-            if buffer is not None and buffer.is_floating_point():
-                self._buffers[part, name] = buffer.cpu()
+            if buffer is not None and buffer.dtype in (torch.float32, torch.float64, *HALF_DTYPES):
+                self._buffers[part, name] = buffer.float().cpu() if is_half(buffer) else buffer.cpu()
                 part._buffers[name] = self._saturated(buffer)
 
     def half_buffers(self) -> Iterator[tuple[tuple[nn.Module, str], Tensor]]:
@@ -66,9 +66,10 @@ class FP32Values:
     def buffer(self, key: tuple[nn.Module, str], now: Tensor) -> Tensor:
         """A buffer's FP32 value: the original one, unless there was none or training has written to the half one."""
         original = self._buffers.get(key)
-        if original is None or now.shape != original.shape or not torch.equal(now.cpu(), self._saturated(original)):
-            return now.float()
-        return original.to(now.device)
+        untouched = (
+            original is not None and now.shape == original.shape and _alike(now.cpu(), self._saturated(original))
+        )
+        return original.to(now.device) if original is not None and untouched else now.float()
 
     def write_buffer(self, key: tuple[nn.Module, str], half: Tensor, value: Tensor) -> None:
         """Make `value` a buffer's FP32 value, and round it into the half one."""
@@ -77,8 +78,8 @@ class FP32Values:
 
     def _saturated(self, buffer: Tensor) -> Tensor:
         """A buffer in half. A mask of -1e9 stays finite: it becomes the lowest half number."""
-        limit = torch.finfo(self.dtype).max
-        return torch.where(buffer.isfinite(), buffer.clamp(-limit, limit), buffer).to(self.dtype)
+        limit, wide = torch.finfo(self.dtype).max, buffer.float()
+        return torch.where(wide.isfinite(), wide.clamp(-limit, limit), wide).to(self.dtype)
 
     # -- state_dict ---------------------------------------------------------------------------------------------
 
@@ -214,6 +215,11 @@ def let_go_of_copy(part: nn.Module) -> None:
             owner = getattr(hook, "__self__", hook)
             if isinstance(owner, _Hooks) and owner.of_copy:
                 del hooks[key]
+
+
+def _alike(half: Tensor, other: Tensor) -> bool:
+    """Whether two half tensors of one shape have the same bits, NaN among them."""
+    return torch.equal(half.contiguous().view(torch.int16), other.contiguous().view(torch.int16))
 
 
 def is_half(value: Any) -> bool:

@@ -372,9 +372,10 @@ def _is_decay_rate(value: Any) -> bool:
 
 
 def _check_parameters(parameters: Iterable[Tensor]) -> None:
-    """TypeError where a parameter cannot be trained with FP32 masters."""
+    """TypeError where a parameter cannot be trained with FP32 masters. Frozen ones, as of a quantized base, may be."""
     for parameter in parameters:
-        if parameter.dtype not in (*HALF_DTYPES, torch.float32):
+        trained = parameter.requires_grad or parameter.dtype == torch.float64
+        if trained and parameter.dtype not in (*HALF_DTYPES, torch.float32):
             raise TypeError(
                 f"A parameter of dtype {parameter.dtype} cannot be trained with FP32 masters: "
                 "make it torch.float32, torch.float16 or torch.bfloat16."

@@ -147,7 +147,14 @@ class MasterWeightPrecision(MasterWeightPipeline, Precision):
         except ValueError as error:
             name_file(error, trainer.ckpt_path)
             raise
+        self._say_dtype(module, self._dtype)
         return module
+
+    def _say_dtype(self, module: nn.Module, dtype: torch.dtype) -> None:
+        """What `self.dtype` of a LightningModule says."""
+        for part in module.modules():
+            if isinstance(part, pl.LightningModule):
+                part._dtype = dtype
 
     @override
     def connect(
@@ -171,6 +178,7 @@ class MasterWeightPrecision(MasterWeightPipeline, Precision):
             self._release.remove()
             self._release = None
         for converted in self._converted:
+            self._say_dtype(converted.module, torch.float32)
             trainer = getattr(converted.module, "_trainer", None)
             if trainer is not None:
                 trainer.callbacks[:] = [one for one in trainer.callbacks if one not in (self._reloads, self._metrics)]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_mpt import MasterAdamW
 from lightning_mpt.conversion import ConvertedModule
 from lightning_mpt.masters import MasterWeights
 from lightning_mpt.storage import master_storage
@@ -210,3 +211,53 @@ def test_a_scripted_part_is_converted_saved_loaded_and_restored_like_any_other(d
     converted.restore()
     assert_same(net.state_dict(), other.state_dict())
     assert {tensor.dtype for tensor in net.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_buffers_of_every_kind_come_back(dtype: torch.dtype) -> None:
+    kinds = {
+        "nan": torch.tensor([float("nan"), -1e9, 1 / 3]),
+        "float16": torch.ones(3, dtype=torch.float16),
+        "float8": torch.ones(3).to(torch.float8_e4m3fn),
+        "whole": torch.arange(3),
+    }
+    net = nn.Linear(2, 2)
+    for name, buffer in kinds.items():
+        net.register_buffer(name, buffer)
+    converted, _ = convert(net, dtype)
+    held = {name: buffer.dtype for name, buffer in net.named_buffers()}
+    assert held == {"nan": dtype, "float16": dtype, "float8": torch.float8_e4m3fn, "whole": torch.int64}
+    converted.restore()
+    torch.testing.assert_close(net.nan, kinds["nan"], rtol=0, atol=0, equal_nan=True)
+    assert net.float16.dtype == torch.float32  # as all that comes in half
+    assert net.float8 is kinds["float8"]
+    assert net.whole is kinds["whole"]
+
+
+@pytest.mark.parametrize("frozen", [torch.uint8, torch.int64, torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_frozen_parameters_of_other_types_are_left_alone(frozen: torch.dtype) -> None:
+    net = nn.Linear(2, 2)
+    net.table = nn.Parameter(torch.ones(3).to(frozen), requires_grad=False)
+    converted, masters = convert(net)
+    optimizer = MasterAdamW.adopt(torch.optim.AdamW(net.parameters(), lr=0.1), masters, "split", "float32")
+    net(torch.ones(1, 2, dtype=torch.bfloat16)).sum().backward()
+    optimizer.step()
+    assert net.table.dtype == frozen
+    assert net.weight.dtype == torch.bfloat16
+    optimizer.release()
+    converted.restore()
+    assert (net.table.dtype, net.weight.dtype) == (frozen, torch.float32)
+
+
+def test_gradients_of_either_type_may_be_assigned() -> None:
+    net = nn.Linear(2, 2)
+    converted, _ = convert(net)
+    x = torch.ones(1, 2, dtype=torch.bfloat16)
+    for _ in range(2):
+        converted.widen_gradients()
+        net(x).sum().backward()
+    assert net.weight.grad is not None
+    assert net.weight.grad.dtype == torch.float32
+    net.weight.grad = torch.zeros_like(net.weight)
+    net(x).sum().backward()
+    assert net.weight.grad.dtype == torch.bfloat16

@@ -129,3 +129,17 @@ def test_checkpointed_activations_give_the_same_run_bit_for_bit(precision: Any, 
     for losses, state in runs[1:]:
         assert losses == runs[0][0]
         torch.testing.assert_close(state, runs[0][1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("precision", HALVES)
+def test_the_module_says_what_type_it_computes_in(precision: Any) -> None:
+    class Noisy(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+            assert self.dtype == HALVES[precision]
+            return super().training_step(
+                (batch[0] + torch.randn(batch[0].shape, dtype=self.dtype), batch[1]), batch_idx
+            )
+
+    module = Noisy(mlp())
+    fit(module, classification(1), MasterWeightPrecision(precision))
+    assert module.dtype == torch.float32
