@@ -21,7 +21,7 @@ LARGEST_TYPICAL = 256.0
 """Weights are smaller on average: where the learning rate is above `LOST_SHARE` of this, none is looked at."""
 SMALLEST_EPS = 2.0**-70
 """Adds something to every root: of a gradient smaller than this, (1 - 0.999) g**2 is 0 in FP32."""
-HALF_MATTERS = ("Half", "BFloat16", "Simplex()")
+HALF_MATTERS = ("Half", "BFloat16", "float16", "mixed dtype", "Simplex()")
 """What errors of torch's say where half is the reason: types, and what a distribution's probabilities are not quite."""
 
 
@@ -173,9 +173,8 @@ def explain_half(error: BaseException, plugin: object, dtype: torch.dtype) -> No
         error.add_note(
             f"Under {plugin!r} parameters, buffers and activations are {dtype}. A tensor that is no buffer "
             "stays FP32: register_buffer makes it one. So does what is in a batch that is an object of your own: "
-            "cast it in on_after_batch_transfer; and a module that is added during fit: add it before. The .sum() of a "
-            "whole tensor is FP32, and so is a stack of such: .to(x.dtype) makes it half. What has no "
-            "half kernels, or wants more digits, such as probabilities that sum to 1, takes x.float(), and its "
-            "result is cast back by .to(x.dtype); a module is kept FP32 by fp32_modules=(TheModule,). Or let "
-            "modules mix types by autocast=True."
+            "cast it in on_after_batch_transfer. The .sum() of a whole tensor is FP32, and so is what a loss gives: "
+            ".to(x.dtype) makes it half. What has no half kernels, or wants more digits, such as probabilities that "
+            "sum to 1, takes x.float(), and its result is cast back by .to(x.dtype); a module is kept FP32 by "
+            "fp32_modules=(TheModule,). Or let modules mix types by autocast=True."
         )

@@ -4,14 +4,14 @@ Losses, sums over a whole batch that no later rounding should touch, would be co
 are given FP32 ones (Micikevicius et al., arXiv 1710.03740, section 3.3). Linear algebra, as orthogonal weights and
 flows have it, has no half kernels, and a matrix exponential in half is NaN on a CPU: it is given FP32 too. So are
 distances, quantiles and Fourier transforms, which have half kernels on some devices and for some shapes. The sum of all
-elements of a tensor, as losses written by hand have it, is an FP32 number. And a number of the caller's that half does
-not reach, as large as a mask's or as small as an eps, becomes the nearest that it does.
+elements of a tensor, as losses written by hand have it, is an FP32 number.
+
+Further functions are called in another way where half has no room for a number (`half_range.py`), or where FP32 tensors
+meet half ones (`mixed_types.py`).
 """
 
-import math
 import warnings
-from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from . import half_range, mixed_types
 from .cross_entropy import instead_of_torchs
 from .storage import HALF_DTYPES
+from .torch_functions import Function, Way, named
 from .upcast import Casts, before_call
-
-Function = Callable[..., Any]
 
 LOSSES = frozenset(
     {
@@ -54,19 +54,13 @@ LOSSES = frozenset(
 """What `torch.nn.functional` calls losses; the modules of `torch.nn` call these."""
 
 
-def _named(names: str) -> frozenset[Any]:
-    """The functions of these names in `torch.linalg` and `torch`, and as methods of tensors."""
-    owners = (torch.linalg, torch, Tensor)
-    return frozenset(getattr(owner, name) for owner in owners for name in names.split() if hasattr(owner, name))
-
-
-DETERMINANTS = _named("det logdet slogdet cond")
+DETERMINANTS = named("det logdet slogdet cond")
 """Numbers, which become part of a loss and stay FP32."""
 
-SUMS = _named("sum")
+SUMS = named("sum")
 """Of a whole tensor, numbers too: of many elements, beyond float16's range before a loss divides them."""
 
-FACTORIZATIONS = _named(
+FACTORIZATIONS = named(
     "cholesky cholesky_ex cholesky_inverse cholesky_solve eig eigh eigvals eigvalsh geqrf householder_product inv "
     "inv_ex inverse ldl_factor ldl_factor_ex ldl_solve lstsq lu lu_factor lu_factor_ex lu_solve matrix_exp matrix_rank "
     "orgqr ormqr pca_lowrank pinv pinverse qr solve solve_ex solve_triangular svd svd_lowrank svdvals tensorinv "
@@ -78,23 +72,11 @@ FOURIER = frozenset(
     getattr(torch.fft, direction + way)
     for direction in ("", "i")
     for way in ("fft", "fft2", "fftn", "rfft", "rfft2", "rfftn", "hfft", "hfft2", "hfftn")
-) | _named("stft istft")
+) | named("stft istft")
 """Complex numbers of FP32 parts, or real ones of such."""
 
-THROUGH_FP32 = FACTORIZATIONS | FOURIER | _named("cdist pdist quantile nanquantile histc")
+THROUGH_FP32 = FACTORIZATIONS | FOURIER | named("cdist pdist quantile nanquantile histc")
 """What is computed in FP32 where it is given half, and goes on in half; transforms back of a spectrum too."""
-
-FILLS = _named(
-    "masked_fill masked_fill_ fill_ full full_like new_full index_fill index_fill_ clamp clamp_ clamp_min clamp_min_ "
-    "clamp_max clamp_max_ where"
-) | {F.pad}
-"""What writes a number of the caller's into a tensor, and ends in an error where half does not reach so far."""
-
-OFFSETS = _named("add add_")
-"""What adds a small number of the caller's, so that no root, logarithm or quotient meets a zero."""
-
-FLOORS = {F.normalize: 1e-12, F.cosine_similarity: 1e-8}
-"""What divides by norms of `eps` at least, its fourth argument, and what that is where none is given."""
 
 CASTS = frozenset({Tensor.float, Tensor.to, Tensor.type})
 """How callers bring logits to FP32 themselves."""
@@ -104,9 +86,7 @@ class FP32Functions(TorchFunctionMode):
     """Within it, losses, linear algebra, distances and Fourier transforms compute in FP32 where they are given half.
 
     Cross entropy over many classes is computed in FP32 without an FP32 copy of all logits (`cross_entropy.py`), also
-    where the caller brings them to FP32: a vocabulary's copy waits until something needs it (`upcast.py`). A number
-    that the half type does not reach, such as -1e9 or FP32's lowest in a mask, becomes the last one that it does; one
-    so small that it would be 0, such as an eps of 1e-8, the first.
+    where the caller brings them to FP32: a vocabulary's copy waits until something needs it (`upcast.py`).
 
     Args:
         casts: what decides about the callers' casts, and learns from each.
@@ -182,64 +162,16 @@ def _one_of_a_batch(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(x)
 
 
-def _offset(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if len(args) == 2 and isinstance(args[1], float) and args[0].dtype in HALF_DTYPES:
-        args = (args[0], _not_zero(args[1], args[0].dtype))
-    return func(*args, **kwargs)
-
-
-def _floored(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    dtype = _written_dtype([*args, *kwargs.values()])
-    if dtype not in HALF_DTYPES:
-        return func(*args, **kwargs)
-    eps = args[3] if len(args) > 3 else kwargs.get("eps", FLOORS[func])
-    # Of a norm below the smallest normal number, half has hardly a digit.
-    return func(*args[:3], **{**kwargs, "eps": max(eps, torch.finfo(dtype).smallest_normal)})
-
-
-def _saturated(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What `func` gives, with the numbers that it was given inside the range of the half type that it writes."""
-    dtype = kwargs.get("dtype") or _written_dtype([*args, *kwargs.values()])
-    if dtype in HALF_DTYPES:
-        within = partial(_in_range, dtype=dtype)
-        args, kwargs = tuple(map(within, args)), {name: within(value) for name, value in kwargs.items()}
-    return func(*args, **kwargs)
-
-
-def _written_dtype(values: list[Any]) -> torch.dtype:
-    """That of the tensor that is filled, or chosen from. Where there are none but masks, the numbers say it."""
-    dtypes = [value.dtype for value in values if isinstance(value, Tensor) and value.dtype != torch.bool]
-    if not dtypes:
-        return torch.get_default_dtype() if any(isinstance(value, float) for value in values) else torch.int64
-    return next((dtype for dtype in dtypes if dtype.is_floating_point), dtypes[0])
-
-
-def _in_range(value: Any, dtype: torch.dtype) -> Any:
-    """`value`, or, where it is a number that `dtype` does not reach, the nearest that it does and that is not zero."""
-    if not isinstance(value, int | float):
-        return value
-    limit = torch.finfo(dtype).max
-    return math.copysign(limit, value) if limit < abs(value) < math.inf else _not_zero(value, dtype)
-
-
-def _not_zero(number: float, dtype: torch.dtype) -> float:
-    """`number`, or the smallest of `dtype` where that would make zero of it."""
-    range_of = torch.finfo(dtype)
-    smallest = range_of.smallest_normal * range_of.eps
-    return math.copysign(smallest, number) if 0 < abs(number) < smallest else number
-
-
 def _to_fp32(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.dtype in HALF_DTYPES else value
 
 
-WAYS: dict[Any, Callable[[Function, tuple[Any, ...], dict[str, Any]], Any]] = {
+WAYS: dict[Any, Way] = {
     **dict.fromkeys(LOSSES | DETERMINANTS, _in_fp32),
     **dict.fromkeys(THROUGH_FP32, _through_fp32),
     **dict.fromkeys(SUMS, _sum),
-    **dict.fromkeys(FILLS, _saturated),
-    **dict.fromkeys(OFFSETS, _offset),
-    **dict.fromkeys(FLOORS, _floored),
+    **half_range.WAYS,
+    **mixed_types.WAYS,
     F.cross_entropy: _cross_entropy,
     F.binary_cross_entropy: _of_probabilities,
 }

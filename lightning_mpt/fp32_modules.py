@@ -1,7 +1,8 @@
 """Which modules stay FP32 among half ones, and how they meet these.
 
-Norms with running statistics do: a running mean is a sum over many batches. Their kernels take half activations beside
-FP32 parameters. Other types may be named instead; their inputs are cast to FP32 and their outputs back to half.
+Norms with running statistics do, their own parameters and buffers: a running mean is a sum over many batches. Their
+kernels take half activations beside these. Other types may be named instead, and stay FP32 with all that is in them:
+their inputs are cast to FP32 and their outputs back to half, and what they make in between is FP32 by default.
 
 Rotary embeddings do too: modules with no parameters that hold a buffer `inv_freq`. An angle is a position times such a
 frequency, so what rounding takes from the frequency grows with the position: at 1024, half is wrong by tenths of a
@@ -26,11 +27,13 @@ MADE_FOR_FP32_FREQUENCIES = "transformers."
 
 
 def kept_in_fp32(module: nn.Module, types: tuple[type[nn.Module], ...]) -> set[nn.Module]:
-    """The modules in `module` that stay FP32 with all that is in them: those of these types, and rotary embeddings."""
+    """The modules in `module` whose own parameters and buffers stay FP32: of these types, and rotary embeddings."""
     kept: set[nn.Module] = set()
     for part in module.modules():
-        if isinstance(part, types) or is_rotary(part):
+        if isinstance(part, types) and not isinstance(part, RUNNING_NORMS):
             kept.update(part.modules())
+        elif isinstance(part, types) or is_rotary(part):
+            kept.add(part)
     return kept
 
 
@@ -51,14 +54,30 @@ def meet_half(module: nn.Module, kept: set[nn.Module], dtype: torch.dtype) -> li
     for part in module.modules():  # a module comes before its children
         if part not in kept or part in within:
             continue
-        within.update(part.modules())
-        if is_rotary(part):
-            if not type(part).__module__.startswith(MADE_FOR_FP32_FREQUENCIES):
-                handles.append(part.register_forward_hook(outputs_to_half))
-        elif not isinstance(part, RUNNING_NORMS):
+        gives_half = is_rotary(part) and type(part).__module__.startswith(MADE_FOR_FP32_FREQUENCIES)
+        if isinstance(part, RUNNING_NORMS):
+            gives_half = type(part).__module__.startswith("torch.")  # a class of the user's may do more
+        elif not is_rotary(part):
+            within.update(part.modules())
             handles.append(part.register_forward_pre_hook(_inputs_to_fp32, with_kwargs=True))
+            handles += _fp32_by_default(part)
+        if not gives_half:
             handles.append(part.register_forward_hook(outputs_to_half))
     return handles
+
+
+def _fp32_by_default(part: nn.Module) -> list[Any]:
+    """Within the module's forward, new tensors are FP32. Gives the handles of the hooks."""
+    before: list[torch.dtype] = []
+
+    def enter(part: nn.Module, args: Any) -> None:
+        before.append(torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
+
+    def leave(part: nn.Module, args: Any, output: Any) -> None:
+        torch.set_default_dtype(before.pop())
+
+    return [part.register_forward_pre_hook(enter), part.register_forward_hook(leave, always_call=True)]
 
 
 def _inputs_to_fp32(part: nn.Module, args: Any, kwargs: Any) -> Any:

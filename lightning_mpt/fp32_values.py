@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .half_range import saturated
 from .masters import MasterWeights
 from .shards import share
 from .storage import HALF_DTYPES, master_storage
@@ -54,7 +55,7 @@ class FP32Values:
         for name, buffer in part._buffers.items():
             if buffer is not None and buffer.dtype in (torch.float32, torch.float64, *HALF_DTYPES):
                 self._buffers[part, name] = buffer.float().cpu() if is_half(buffer) else buffer.cpu()
-                part._buffers[name] = self._saturated(buffer)
+                part._buffers[name] = saturated(buffer, self.dtype)
 
     def half_buffers(self) -> Iterator[tuple[tuple[nn.Module, str], Tensor]]:
         """The buffers that are half: they became so, or were registered in training, as pruning does with its masks."""
@@ -67,19 +68,14 @@ class FP32Values:
         """A buffer's FP32 value: the original one, unless there was none or training has written to the half one."""
         original = self._buffers.get(key)
         untouched = (
-            original is not None and now.shape == original.shape and _alike(now.cpu(), self._saturated(original))
+            original is not None and now.shape == original.shape and _alike(now.cpu(), saturated(original, self.dtype))
         )
         return original.to(now.device) if original is not None and untouched else now.float()
 
     def write_buffer(self, key: tuple[nn.Module, str], half: Tensor, value: Tensor) -> None:
         """Make `value` a buffer's FP32 value, and round it into the half one."""
-        half.copy_(self._saturated(value))
+        half.copy_(saturated(value, self.dtype))
         self._buffers[key] = value.cpu()
-
-    def _saturated(self, buffer: Tensor) -> Tensor:
-        """A buffer in half. A mask of -1e9 stays finite: it becomes the lowest half number."""
-        limit, wide = torch.finfo(self.dtype).max, buffer.float()
-        return torch.where(wide.isfinite(), wide.clamp(-limit, limit), wide).to(self.dtype)
 
     # -- state_dict ---------------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from .bridge import BridgedOptimizer, bridge
 from .conversion import ConvertedModule
 from .diagnosis import Watch, explain_half
 from .fp32_functions import FP32Functions
+from .half_range import saturated
 from .loss_scale import ConstantLossScale, DynamicLossScale, make_loss_scale
 from .masters import MasterWeights
 from .numerics import default_dtype, fp32_sums
@@ -202,8 +203,13 @@ class MasterWeightPipeline:
     # -- forward ------------------------------------------------------------------------------------------------
 
     def convert_input(self, data: Any) -> Any:
-        """Floating tensors of a batch become half."""
-        return apply_to_collection(data, Tensor, lambda t: t.to(self._dtype) if t.is_floating_point() else t)
+        """Floating tensors of a batch become half. What is finite stays so."""
+        return apply_to_collection(data, Tensor, self._half_of)
+
+    def _half_of(self, value: Tensor) -> Tensor:
+        if not value.is_floating_point():
+            return value
+        return saturated(value, self._dtype) if value.itemsize > 2 else value.to(self._dtype)
 
     @contextmanager
     def forward_context(self) -> Generator[None, None, None]:

@@ -143,3 +143,18 @@ def test_the_module_says_what_type_it_computes_in(precision: Any) -> None:
     module = Noisy(mlp())
     fit(module, classification(1), MasterWeightPrecision(precision))
     assert module.dtype == torch.float32
+
+
+@pytest.mark.parametrize("precision", HALVES)
+def test_what_is_finite_in_a_batch_stays_finite(precision: Any) -> None:
+    class Masked(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+            x, y, mask = batch
+            limit = torch.finfo(HALVES[precision]).max
+            assert mask.tolist() == [-limit, min(1e9, limit), -torch.inf, 0.5] or mask[1].item() == 1e9 // 2**22 * 2**22
+            assert mask.dtype == HALVES[precision]
+            return super().training_step((x, y), batch_idx)
+
+    mask = torch.tensor([torch.finfo(torch.float32).min, 1e9, -torch.inf, 0.5])
+    batches = [(x, y, mask) for x, y in classification(1)]
+    fit(Masked(mlp()), batches, MasterWeightPrecision(precision))

@@ -10,8 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_mpt import MasterWeightPrecision
 from lightning_mpt.conversion import ConvertedModule
+from lightning_mpt.fp32_functions import FP32Functions
 from lightning_mpt.masters import MasterWeights
-from tests.training import Classifier, classification, fit
+from lightning_mpt.numerics import default_dtype
+from tests.training import Classifier, classification, fit, mlp
 
 POSITIONS = 2048
 
@@ -80,3 +82,75 @@ def test_a_llama_sees_the_positions_that_it_saw_in_fp32(dtype: torch.dtype) -> N
     for half, expected in zip(llama.model.rotary_emb(x.to(dtype), positions), fp32, strict=True):
         assert half.dtype == dtype
         torch.testing.assert_close(half.float(), expected, rtol=0, atol=torch.finfo(dtype).eps)
+
+
+class Codebook(nn.Module):
+    """Running sums, of numbers that are made in forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("codes", torch.linspace(-1, 1, 8)[:, None].repeat(1, 16))
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("hits", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = (x.detach()[:, None] - self.codes).square().sum(-1).argmin(1)
+        decay = torch.tensor(0.999)
+        self.mean.mul_(decay).add_(1 - decay)
+        self.hits.index_add_(0, chosen, torch.ones(len(chosen)))
+        return x + 0 * self.codes[chosen]
+
+
+@pytest.mark.parametrize("precision", ["16-true", "bf16-true"])
+def test_what_a_module_kept_in_fp32_makes_is_fp32(precision: Any) -> None:
+    kept = []
+    for plugin in (None, MasterWeightPrecision(precision, fp32_modules=Codebook)):
+        net = nn.Sequential(Codebook(), mlp())
+        fit(Classifier(net), classification(20), plugin)
+        kept.append((net[0].mean, net[0].hits.sum()))
+    torch.testing.assert_close(kept[1], kept[0])
+
+
+def test_the_default_type_is_half_again_where_such_a_module_fails() -> None:
+    class Fails(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            assert torch.zeros(()).dtype == torch.float32
+            raise ArithmeticError
+
+    net = nn.Sequential(Fails())
+    ConvertedModule(net, torch.bfloat16, MasterWeights(), fp32_modules=(Fails,))
+    with default_dtype(torch.bfloat16):
+        with pytest.raises(ArithmeticError):
+            net(torch.zeros(1))
+        assert torch.get_default_dtype() == torch.bfloat16
+
+
+class ConditionalNorm(nn.BatchNorm1d):
+    """A norm with layers of its own, and arithmetic on what it keeps in FP32."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.scale, self.act = nn.Linear(width, width), nn.PReLU(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act((1 + self.scale(x)) * super().forward(x) + self.weight * self.running_mean)
+
+
+@pytest.mark.parametrize("precision", ["16-true", "bf16-true"])
+def test_a_norm_with_layers_of_its_own_trains_as_in_fp32(precision: Any) -> None:
+    losses = []
+    for plugin in (None, MasterWeightPrecision(precision)):
+        torch.manual_seed(0)
+        module = Classifier(nn.Sequential(ConditionalNorm(16), nn.Linear(16, 4)))
+        fit(module, classification(5), plugin)
+        losses.append(torch.tensor(module.losses))
+    torch.testing.assert_close(losses[1], losses[0], rtol=0.02, atol=0.02)
+
+
+def test_only_what_runs_in_a_norm_is_fp32() -> None:
+    net = nn.Sequential(ConditionalNorm(16))
+    ConvertedModule(net, torch.bfloat16, MasterWeights())
+    fp32 = {name for name, tensor in [*net.named_parameters(), *net.named_buffers()] if tensor.dtype == torch.float32}
+    assert fp32 == {f"0.{name}" for name in ("weight", "bias", "running_mean", "running_var")}
+    with FP32Functions():
+        assert net(torch.ones(4, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16

@@ -1,0 +1,88 @@
+"""Numbers of the caller's that half does not reach: as large as a mask's, or as small as an eps.
+
+A mask of -1e9, or of FP32's lowest number, becomes the last that half does reach. An eps of 1e-8 is zero in float16,
+where it was to keep a divisor or a logarithm from zero: it becomes the smallest number that is not.
+"""
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .storage import HALF_DTYPES
+from .torch_functions import Function, Way, named
+
+FILLS = named(
+    "masked_fill masked_fill_ fill_ full full_like new_full index_fill index_fill_ clamp clamp_ clamp_min clamp_min_ "
+    "clamp_max clamp_max_ where"
+) | {F.pad}
+"""What writes a number of the caller's into a tensor, and ends in an error where half does not reach so far."""
+
+OFFSETS = named("add add_")
+"""What adds a small number of the caller's, so that no root, logarithm or quotient meets a zero."""
+
+FLOORS = {F.normalize: 1e-12, F.cosine_similarity: 1e-8}
+"""What divides by norms of `eps` at least, its fourth argument, and what that is where none is given."""
+
+
+def saturated(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in half, what is finite in it too: a mask of -1e9 becomes the lowest number. A new one."""
+    limit, wide = torch.finfo(dtype).max, value.float()
+    return torch.where(wide.isfinite(), wide.clamp(-limit, limit), wide).to(dtype)
+
+
+def _saturated(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What `func` gives, with the numbers that it was given inside the range of the half type that it writes."""
+    dtype = kwargs.get("dtype") or _written_dtype([*args, *kwargs.values()])
+    if dtype in HALF_DTYPES:
+        within = partial(_in_range, dtype=dtype)
+        args, kwargs = tuple(map(within, args)), {name: within(value) for name, value in kwargs.items()}
+    return func(*args, **kwargs)
+
+
+def _written_dtype(values: list[Any]) -> torch.dtype:
+    """That of the tensor that is filled, or chosen from. Where there are none but masks, the numbers say it."""
+    dtypes = [value.dtype for value in values if isinstance(value, Tensor) and value.dtype != torch.bool]
+    if not dtypes:
+        return torch.get_default_dtype() if any(isinstance(value, float) for value in values) else torch.int64
+    return next((dtype for dtype in dtypes if dtype.is_floating_point), dtypes[0])
+
+
+def _offset(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if len(args) == 2 and isinstance(args[1], float) and args[0].dtype in HALF_DTYPES:
+        args = (args[0], _not_zero(args[1], args[0].dtype))
+    return func(*args, **kwargs)
+
+
+def _floored(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    dtype = _written_dtype([*args, *kwargs.values()])
+    if dtype not in HALF_DTYPES:
+        return func(*args, **kwargs)
+    eps = args[3] if len(args) > 3 else kwargs.get("eps", FLOORS[func])
+    # Of a norm below the smallest normal number, half has hardly a digit.
+    return func(*args[:3], **{**kwargs, "eps": max(eps, torch.finfo(dtype).smallest_normal)})
+
+
+def _in_range(value: Any, dtype: torch.dtype) -> Any:
+    """`value`, or, where it is a number that `dtype` does not reach, the nearest that it does and that is not zero."""
+    if not isinstance(value, int | float):
+        return value
+    limit = torch.finfo(dtype).max
+    return math.copysign(limit, value) if limit < abs(value) < math.inf else _not_zero(value, dtype)
+
+
+def _not_zero(number: float, dtype: torch.dtype) -> float:
+    """`number`, or the smallest of `dtype` where that would make zero of it."""
+    range_of = torch.finfo(dtype)
+    smallest = range_of.smallest_normal * range_of.eps
+    return math.copysign(smallest, number) if 0 < abs(number) < smallest else number
+
+
+WAYS: dict[Any, Way] = {
+    **dict.fromkeys(FILLS, _saturated),
+    **dict.fromkeys(OFFSETS, _offset),
+    **dict.fromkeys(FLOORS, _floored),
+}
