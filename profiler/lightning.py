@@ -22,7 +22,7 @@ from typing_extensions import override
 from .category import Category
 from .collect.schedule import Schedule
 from .collect.session import Session
-from .collect.sources import MAX_EVENTS, RecordingLost, Source
+from .collect.sources import MAX_EVENTS, Source
 from .files import keep, made_path
 from .ledger import BACKWARD, CLIP, FORWARD, OPTIMIZER_STEP
 from .out_of_memory import explain, is_out_of_memory
@@ -255,14 +255,12 @@ class MemoryProfiler(Profiler):
     def _finish(self, *notes: str) -> None:
         """Stop recording and make the report of the steps counted so far, if there are any."""
         schedule, self._schedule = self._schedule, None
-        try:
-            recording = schedule.finish() if schedule is not None else None
-        except RecordingLost as error:
-            self._why_none = str(error)
+        if schedule is None:
             return
+        recording = schedule.finish(*notes)
         if recording is None:
+            self._why_none = schedule.why_lost or self._why_none
             return
-        recording.notes += notes
         self._report = MemoryReport.from_recording(recording)
         self._log(self._report)
         if self.save_trace is not None:

@@ -10,7 +10,7 @@ import torch
 
 from .collect.schedule import Schedule
 from .collect.session import Session
-from .collect.sources import MAX_EVENTS, RecordingLost
+from .collect.sources import MAX_EVENTS
 from .files import keep
 from .ledger import PHASES
 from .out_of_memory import explain, is_out_of_memory
@@ -164,14 +164,12 @@ class MemoryRecorder:
 
     def _finish(self, *notes: str) -> None:
         schedule, self._schedule = self._schedule, None
-        try:
-            recording = schedule.finish() if schedule is not None else None
-        except RecordingLost as error:
-            self._why_none = str(error)
+        if schedule is None:
             return
+        recording = schedule.finish(*notes)
         if recording is None:
+            self._why_none = schedule.why_lost or self._why_none
             return
-        recording.notes += notes
         self._report = MemoryReport.from_recording(recording)
         if self._save_trace is not None:
             keep("The trace", recording.save, self._save_trace)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from ..recording import Recording
 from .session import Session
+from .sources import RecordingLost
 
 
 class Schedule:
@@ -24,6 +25,8 @@ class Schedule:
         self._steps = steps
         self.passed = 0
         self.session: Session | None = None
+        self.why_lost: str | None = None
+        """After `finish`: why there is no recording of steps that were counted, where there is none."""
 
     def begin(self) -> None:
         """A step begins."""
@@ -53,15 +56,20 @@ class Schedule:
         """How many steps were counted so far."""
         return 0 if self.session is None else self.session.counted_steps
 
-    def finish(self) -> Recording | None:
-        """Switch off and give what was counted; None where nothing was."""
-        session, self.session = self.session, None
-        if session is None:
+    def finish(self, *notes: str) -> Recording | None:
+        """Switch off and give what was counted, with these notes; None where nothing was, or where it is lost."""
+        if self.session is None or not self.session.counted_steps:
+            self.abort()
             return None
         try:
-            return session.finish() if session.counted_steps else None
+            recording = self.session.finish()
+        except RecordingLost as error:
+            self.why_lost = str(error)
+            return None
         finally:
-            session.abort()  # does nothing after `finish`
+            self.abort()
+        recording.notes += notes
+        return recording
 
     def abort(self) -> None:
         """Switch off and forget."""
