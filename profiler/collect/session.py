@@ -127,8 +127,7 @@ class Session:
     @property
     def full(self) -> bool:
         """Whether as much is kept as may be: then this step should be the last."""
-        events = self._source.event_count()
-        return self._owners.kept + (events or 0) >= self._max_events
+        return self._owners.kept + self._source.event_count() >= self._max_events
 
     @property
     def counted_steps(self) -> int:
@@ -185,7 +184,7 @@ class Session:
             gone=[] if self._source.lists_live_blocks else owners.gone,
             windows=windows,
             reserved_bytes=self._reserved_bytes,
-            workspace_bytes=self._source.workspace_bytes,
+            workspace_bytes=list(self._source.workspace_bytes),
             bucket_bytes=buckets,
             clock_error_ns=self._source.clock_error_ns,
             claims_make_blocks=not self._source.lists_live_blocks,

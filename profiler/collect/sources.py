@@ -12,8 +12,8 @@ events by pure functions (`cuda_trace.py` for CUDA), which are tested on recorde
 
 import os
 import time
-from collections.abc import Container
-from typing import Any, Protocol
+from collections.abc import Container, Sequence
+from typing import Any
 
 import torch
 
@@ -35,63 +35,74 @@ class RecordingLost(RuntimeError):
     """What was recorded is not there any more; the text says why."""
 
 
-class Source(Protocol):
-    """Tells what an allocator did between `start` and `stop`."""
+class Source:
+    """Tells what an allocator did between `start` and `stop`.
 
-    lists_live_blocks: bool
-    """Whether `live` knows every block; else only what has an owner is known of the time before the recording."""
+    What is said here is said of an allocator that gives events, and no account of itself.
+    """
 
-    clock_error_ns: int
+    lists_live_blocks = False
+    """Whether `live_blocks` knows every block; else only what has an owner is known of what is older."""
+
+    clock_error_ns = 0
     """By how much the times of events may be off against `time.time_ns`."""
 
-    workspace_bytes: list[int]
+    workspace_bytes: Sequence[int] = ()
     """Sizes of the workspaces that libraries allocate from it once and keep."""
 
-    failure: tuple[int, int] | None
-    """After `stop`: when the last request failed, and how many bytes it was for, if one did and the source knows."""
-
-    follows_warmup: bool
+    follows_warmup = False
     """Whether every step of warming up is worth following, since memory runs out in the first ones if at all."""
 
-    overflowed: bool
+    failure: tuple[int, int] | None = None
+    """After `stop`: when the last request failed, and how many bytes it was for, if one did and the source knows."""
+
+    overflowed = False
     """After `stop`: whether there were more events than could be kept, so that the oldest are lost."""
 
-    snapshot: dict[str, Any] | None
+    snapshot: dict[str, Any] | None = None
     """After `stop`: the allocator's own account of what it did, where it gives one and it was asked for."""
 
-    def start(self) -> None: ...
-    def event_count(self) -> int | None:
-        """How many events there are since `start`. None where that is known only afterwards."""
-        ...
+    def start(self) -> None:
+        """Begin the recording."""
+        raise NotImplementedError
 
     def stop(self) -> tuple[list[Event], list[Event]]:
         """End the recording: the blocks alive when it began, and the events since.
 
         Raises RecordingLost where someone else has ended it before.
         """
-        ...
+        raise NotImplementedError
 
     def abort(self) -> None:
         """End the recording and forget it."""
-        ...
+        raise NotImplementedError
 
-    def reset_peak(self) -> None: ...
+    def event_count(self) -> int:
+        """How many events there are since `start`; 0 where that is known only afterwards."""
+        return 0
+
+    def reset_peak(self) -> None:
+        """Have the allocator's peaks begin anew."""
+
     def peak_bytes(self) -> int | None:
         """The allocator's own peak since `reset_peak`, in bytes. None where it keeps none."""
-        ...
+        return None
 
-    def reserved_bytes(self) -> int | None: ...
+    def reserved_bytes(self) -> int | None:
+        """And what it held from the device at most."""
+        return None
+
     def health(self, owned: Container[int]) -> AllocatorHealth | None:
         """How well the allocator uses what it holds; `owned` has the addresses that have an owner. None without one."""
-        ...
+        return None
 
     def live_blocks(self) -> list[Event]:
         """What is alive now, where the source can list it."""
-        ...
+        return []
 
     def address_of(self, storage: torch.UntypedStorage) -> int:
         """The address under which events tell of this storage; 0 where none does."""
-        ...
+        return storage.data_ptr()
 
 
 def source_for(device: torch.device, max_events: int = MAX_EVENTS, *, keep_snapshot: bool = False) -> Source:
@@ -109,18 +120,12 @@ def source_for(device: torch.device, max_events: int = MAX_EVENTS, *, keep_snaps
     )
 
 
-class CPUSource:
+class CPUSource(Source):
     """Allocation events of `torch.profiler` on CPU."""
 
-    lists_live_blocks = False
-    follows_warmup = False
-    clock_error_ns = 0  # measured: an allocation always falls between time_ns() before it and after it
+    # An allocation always falls between time_ns() before it and after it, as measured: `clock_error_ns` is 0.
 
     def __init__(self) -> None:
-        self.workspace_bytes: list[int] = []
-        self.overflowed = False
-        self.snapshot: dict[str, Any] | None = None
-        self.failure: tuple[int, int] | None = None
         self._profile: torch.autograd.profiler.profile | None = None
 
     def start(self) -> None:
@@ -154,30 +159,10 @@ class CPUSource:
             raise RecordingLost(f"torch.profiler was started in the recorded steps by someone else, {_ONE_AT_A_TIME}")
         return [], cpu_events(tree)
 
-    def event_count(self) -> int | None:
-        return None
-
     def abort(self) -> None:
         profile, self._profile = self._profile, None
         if profile is not None and torch._C._autograd._profiler_enabled():  # else another took its place, and ended
             profile.__exit__(None, None, None)
-
-    def reset_peak(self) -> None: ...
-
-    def peak_bytes(self) -> int | None:
-        return None
-
-    def reserved_bytes(self) -> int | None:
-        return None
-
-    def health(self, owned: Container[int]) -> AllocatorHealth | None:
-        return None
-
-    def live_blocks(self) -> list[Event]:
-        return []
-
-    def address_of(self, storage: torch.UntypedStorage) -> int:
-        return storage.data_ptr()
 
 
 def cpu_events(tree: list[Any]) -> list[Event]:
@@ -196,7 +181,7 @@ def cpu_events(tree: list[Any]) -> list[Event]:
     return events
 
 
-class CUDASource:
+class CUDASource(Source):
     """The history and statistics of the CUDA caching allocator.
 
     Where someone else is recording the history already, it is read and left running.
@@ -221,9 +206,6 @@ class CUDASource:
         self._segments: list[dict[str, Any]] = []
         self._events_before = 0
         self._retries_before = 0
-        self.overflowed = False
-        self.failure: tuple[int, int] | None = None
-        self.snapshot: dict[str, Any] | None = None
         self._keep_snapshot = keep_snapshot
         self._started = False
         self._was_on = False
@@ -242,7 +224,7 @@ class CUDASource:
         self._events_before = self._all_events()
         self._retries_before = int(torch.cuda.memory_stats(self._device).get("num_alloc_retries", 0))
 
-    def event_count(self) -> int | None:
+    def event_count(self) -> int:
         return self._all_events() - self._events_before
 
     def _all_events(self) -> int:
@@ -290,9 +272,6 @@ class CUDASource:
 
     def live_blocks(self) -> list[Event]:
         return parse_segments(self._snapshot_segments())
-
-    def address_of(self, storage: torch.UntypedStorage) -> int:
-        return storage.data_ptr()
 
     def _snapshot_segments(self) -> list[dict[str, Any]]:
         segments = torch.cuda.memory.memory_snapshot(include_traces=False)

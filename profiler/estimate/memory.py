@@ -16,7 +16,7 @@ things that fakes would distort are put right:
 
 import sys
 import weakref
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import FrameType
@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from ..collect.owners import in_backward, now_ns
-from ..figures import AllocatorHealth
+from ..collect.sources import Source
 from ..recording import Event
 
 aten = torch.ops.aten
@@ -43,7 +43,7 @@ class DataDependent(RuntimeError):
     """The step asks for a number that only a run on a device can tell."""
 
 
-class FakeMemory(TorchDispatchMode):
+class FakeMemory(TorchDispatchMode, Source):
     """A dispatch mode, to be entered within a `FakeTensorMode`, that tells of storages as an allocator does.
 
     Args:
@@ -54,11 +54,6 @@ class FakeMemory(TorchDispatchMode):
     """
 
     lists_live_blocks = True
-    follows_warmup = False
-    clock_error_ns = 0
-    failure: tuple[int, int] | None = None
-    overflowed = False
-    snapshot: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -99,19 +94,8 @@ class FakeMemory(TorchDispatchMode):
     def abort(self) -> None:
         self._recording = False
 
-    def reset_peak(self) -> None: ...
-
-    def peak_bytes(self) -> int | None:
-        return None
-
-    def reserved_bytes(self) -> int | None:
-        return None
-
-    def event_count(self) -> int | None:
+    def event_count(self) -> int:
         return len(self._events)
-
-    def health(self, owned: Container[int]) -> AllocatorHealth | None:
-        return None
 
     def live_blocks(self) -> list[Event]:
         blocks = [] if self._workspace is None else [self._workspace]
