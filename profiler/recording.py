@@ -7,12 +7,12 @@ replayed elsewhere.
 
 import json
 import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .category import Category
-from .decode import decode
+from .codec import decode, encode
 from .figures import AllocatorHealth, Duplicate, ModuleForward
 
 TRACE_FORMAT = "lightning-mpt-memory-trace"
@@ -127,11 +127,7 @@ class Recording:
 
     def to_json(self) -> dict[str, Any]:
         """The recording as `save` writes it: dictionaries, lists, strings and numbers."""
-        return {
-            "format": TRACE_FORMAT,
-            "version": TRACE_VERSION,
-            **{name: _json(value) for name, value in vars(self).items()},
-        }
+        return {"format": TRACE_FORMAT, "version": TRACE_VERSION, **encode(self)}
 
     @classmethod
     def load(cls, path: str | Path) -> "Recording":
@@ -182,13 +178,3 @@ def read_versioned(
 def _short(value: Any) -> str:
     shown = repr(value)
     return shown if len(shown) <= 60 else shown[:57] + "..."
-
-
-def _json(value: Any) -> Any:
-    if isinstance(value, ModuleForward | Duplicate | AllocatorHealth):
-        return asdict(value)
-    if isinstance(value, dict):
-        return {key: _json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json(item) for item in value]
-    return value

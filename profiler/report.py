@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .category import Category
-from .decode import decode
+from .codec import decode, encode
 from .figures import AllocatorHealth, Duplicate, Growth, ModuleForward, PhasePeak, TensorUse, TimelinePoint
 from .growth import growth_of
 from .ledger import Ledger, replay
@@ -124,32 +124,7 @@ class MemoryReport:
 
     def to_json(self) -> dict[str, Any]:
         """The report as `save` writes it: dictionaries, lists, strings and numbers."""
-        return {
-            "format": REPORT_FORMAT,
-            "version": REPORT_VERSION,
-            "device": self.device,
-            "parameters": self.parameters,
-            "steps": self.steps,
-            "peak_bytes": self.peak_bytes,
-            "reserved_bytes": self.reserved_bytes,
-            "categories": _keys(self.categories),
-            "phases": {
-                name: {"peak_bytes": phase.peak_bytes, "categories": _keys(phase.categories)}
-                for name, phase in self.phases.items()
-            },
-            "modules": {path: _keys(own) for path, own in self.modules.items()},
-            "tensors": [{**vars(tensor), "category": tensor.category.value} for tensor in self.tensors],
-            "duplicates": [vars(duplicate) for duplicate in self.duplicates],
-            "timeline": [{**vars(point), "categories": _keys(point.categories)} for point in self.timeline],
-            "forwards": {path: asdict(forward) for path, forward in self.forwards.items()},
-            "activation_dtypes": {path: dict(own) for path, own in self.activation_dtypes.items()},
-            "optimizers": list(self.optimizers),
-            "out_of_memory": self.out_of_memory,
-            "failed_request_bytes": self.failed_request_bytes,
-            "health": None if self.health is None else asdict(self.health),
-            "growth": None if self.growth is None else _growth(self.growth),
-            "notes": list(self.notes),
-        }
+        return {"format": REPORT_FORMAT, "version": REPORT_VERSION, **encode(self)}
 
     @classmethod
     def load(cls, path: str | Path) -> "MemoryReport":
@@ -241,11 +216,3 @@ def _largest(ledger: Ledger) -> tuple[TensorUse, ...]:
         )
         for block in blocks
     )
-
-
-def _growth(growth: Growth) -> dict[str, Any]:
-    return {**vars(growth), "categories": _keys(growth.categories)}
-
-
-def _keys(categories: Mapping[Category, int]) -> dict[str, int]:
-    return {category.value: size for category, size in categories.items()}

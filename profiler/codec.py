@@ -1,4 +1,4 @@
-"""JSON to dataclasses and named tuples: every value is checked against the type that its field declares.
+"""Dataclasses and named tuples as JSON, and back: every value is then checked against the type that its field declares.
 
 Nothing in the JSON is executed or looked up by name but members of the enumerations. What does not fit is a ValueError
 that says where, what was found and what belongs there.
@@ -19,6 +19,20 @@ Figure = TypeVar("Figure")
 Decoder = Callable[[Any], Any]
 
 _LARGEST = (1 << 63) - 1
+_SCALARS = (int, float, str, bool, NoneType)
+
+
+def encode(value: Any) -> Any:
+    """What `decode` reads, as dictionaries, lists, strings and numbers."""
+    if type(value) in _SCALARS:  # nearly always
+        return value
+    if isinstance(value, list | tuple):
+        return [encode(item) for item in value]
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {encode(key): encode(item) for key, item in value.items()}
+    return {field.name: encode(getattr(value, field.name)) for field in fields(value)}
 
 
 class _Misfit(ValueError):
