@@ -48,3 +48,6 @@ PRIORITY: dict[Category, int] = {
 }
 """One storage has one owner. Where several claim it (a saved tensor that is a parameter, a gradient kept in an
 optimizer's flat buffer), the one that comes first here has it."""
+
+MODEL_STATE = (Category.WEIGHTS, Category.MASTER_WEIGHTS, Category.GRADIENTS, Category.OPTIMIZER_STATE)
+"""What grows with the number of parameters, so that bytes per parameter say something."""

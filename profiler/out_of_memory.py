@@ -88,9 +88,9 @@ def explain(error: BaseException, session: "Callable[[], Session]") -> MemoryRep
 def _print(report: MemoryReport) -> None:
     from rich.console import Console
 
-    from .show.render import format_bytes, print_report
+    from .show.render import print_report
     from .show.timeline import last_phase
-    from .show.words import spoken
+    from .show.words import format_bytes, spoken
 
     console = Console(stderr=True, highlight=False, markup=False)
     phase = last_phase(report)

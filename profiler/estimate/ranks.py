@@ -14,11 +14,9 @@ Communication buffers of NCCL are left out.
 
 from dataclasses import dataclass
 
-from ..category import Category
+from ..category import MODEL_STATE, Category
 from ..ledger import OPTIMIZER_STEP
 from ..report import MemoryReport
-
-SHARDED = (Category.WEIGHTS, Category.MASTER_WEIGHTS, Category.GRADIENTS, Category.OPTIMIZER_STATE)
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ def per_rank(report: MemoryReport, ranks: int) -> PerRank:
         return PerRank(1, report.peak_bytes, report.peak_bytes)
     categories = report.categories
     gradients = _all_gradients(report)
-    kept = sum(categories.get(category, 0) for category in SHARDED)
+    kept = sum(categories.get(category, 0) for category in MODEL_STATE)
     weights = _weights_by_layer(report)
     root = weights.pop("", 0)
     layers = sorted(weights.values(), reverse=True)

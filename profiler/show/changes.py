@@ -10,8 +10,8 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
-from ..category import Category
-from ..ledger import FORWARD
+from ..category import MODEL_STATE, Category
+from ..ledger import CLIP, FORWARD, OPTIMIZER_STEP
 from ..report import MemoryReport
 from .tree import Node, module_tree, subtree_bytes
 from .words import format_bytes, in_words
@@ -22,7 +22,7 @@ _RELEASE = (
     "accumulation, clipping by norm or a dynamic loss scale)"
 )
 _ADAM = ("adam", "adamw", "masteradamw")
-_NOT_COMPUTING = ("clip", "optimizer_step")
+_NOT_COMPUTING = (CLIP, OPTIMIZER_STEP)
 """Phases in which nothing depends on the batch."""
 
 IN_NO_MODULE = "outside the modules"
@@ -159,12 +159,11 @@ def _formats(report: MemoryReport) -> list[Option]:
     trained = min(report.parameters, most[Category.GRADIENTS] // weight_bytes) or report.parameters
     if most[Category.OPTIMIZER_STATE] > 10 * trained:  # more than two moments: amsgrad
         return []
-    held = (Category.WEIGHTS, Category.MASTER_WEIGHTS, Category.GRADIENTS, Category.OPTIMIZER_STATE)
-    now = sum(most[category] for category in held) / report.parameters
+    now = sum(most[category] for category in MODEL_STATE) / report.parameters
     activations = _fp32_share(report) if weight_bytes == 4 else 0.0
     # By norm, clipping needs every gradient first; by value it does not, and a report does not tell which it was. Nor
     # does it tell of accumulation and of other devices, so the words do.
-    may_release = "clip" not in report.phases and len(report.optimizers) == 1
+    may_release = CLIP not in report.phases and len(report.optimizers) == 1
     options = []
     for form in _FORMATS:
         if not form.gradients_kept and not may_release:

@@ -9,8 +9,8 @@ from rich.text import Text
 from ..category import Category
 from ..compare.run import Row, base_of
 from .claims import FP32, Claim, left_out, saved_claims, share_claims
-from .render import format_bytes
-from .tables import portions
+from .tables import STYLES, blank_or_bytes, portions
+from .words import format_bytes
 
 _COLUMN = 13
 """Columns of text that a precision takes: its figure, the space on both sides, a line."""
@@ -63,8 +63,7 @@ def _table(rows: Sequence[Row], categories: Sequence[Category], base: Row | None
         table.add_column(_heading(row.precision, narrow), justify="right", min_width=9)
     for category in categories:
         cells = [row.report.categories.get(category, 0) if row.report is not None else 0 for row in rows]
-        style = {Category.UNATTRIBUTED: "yellow", Category.ROUNDING: "dim"}.get(category)
-        table.add_row(category.value, *(format_bytes(cell) if cell else "" for cell in cells), style=style)
+        table.add_row(category.value, *map(blank_or_bytes, cells), style=STYLES.get(category))
     table.add_section()
     table.add_row("peak", *map(_peak, rows), style="bold")
     if base is not None:

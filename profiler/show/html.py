@@ -8,15 +8,15 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-from ..category import Category
+from ..category import MODEL_STATE, Category
 from ..report import MemoryReport
 from .advisor import advise
 from .page import page
 from .svg import timeline_svg
-from .tables import MODEL_STATE
+from .tables import blank_or_bytes
 from .timeline import COLORS, STACKED
 from .tree import Node, module_tree, top_level
-from .words import count_of, format_bytes, format_shape, format_share, in_words, printable, spoken
+from .words import count_of, format_bytes, format_saving, format_shape, format_share, in_words, printable, spoken
 
 _TENSORS, _DUPLICATES, _ADVICE = 20, 20, 8
 _LEAST_SHARE = 0.001
@@ -95,11 +95,11 @@ def _comparison(reports: Sequence[MemoryReport], names: Sequence[str]) -> str:
         columns += [_Column(name, "n"), _Column("saved", "n")]
 
     def cells(sizes: Sequence[int]) -> list[str]:
-        row = [_size(sizes[0])]
+        row = [blank_or_bytes(sizes[0])]
         for size in sizes[1:]:
-            saved = format_share(sizes[0] - size, base)
+            saved = format_saving(sizes[0], size, base)
             kind = "good" if size <= sizes[0] else "bad"
-            row += [_size(size), "" if saved in ("0.0%", "-0.0%") else f'<span class="{kind}">{saved}</span>']
+            row += [blank_or_bytes(size), saved and f'<span class="{kind}">{saved}</span>']
         return row
 
     rows = []
@@ -110,10 +110,6 @@ def _comparison(reports: Sequence[MemoryReport], names: Sequence[str]) -> str:
     rows.append(_row(columns, ["peak", *cells([report.peak_bytes for report in reports])], "sum"))
     note = '<p class="soft">Savings are shares of the peak of the first, so that a column adds up.</p>'
     return _table(columns, rows) + note
-
-
-def _size(size: int) -> str:
-    return format_bytes(size) if size else ""
 
 
 def _report(report: MemoryReport, name: str, highest: int, highest_phase: int) -> str:

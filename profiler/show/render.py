@@ -26,9 +26,7 @@ from .tables import (
     portions,
     tensor_table,
 )
-from .words import count_of, format_bytes, format_share, printable
-
-__all__ = ["format_bytes", "print_comparison", "print_report", "render_comparison", "render_report", "report_text"]
+from .words import count_of, format_bytes, format_saving, printable
 
 _SHORT_MODULES, _MODULES = 6, 14
 _TENSORS = _DUPLICATES = 10
@@ -92,9 +90,7 @@ def _with_savings(sizes: list[int], peak_bytes: int, style: str = "") -> list[Te
     """The base's size; then of each other the size, and what it saves of the base's peak: so a column adds up."""
     cells = [Text(blank_or_bytes(sizes[0]))]
     for size in sizes[1:]:
-        saved = format_share(sizes[0] - size, peak_bytes)
-        if saved in ("0.0%", "-0.0%"):
-            saved = ""
+        saved = format_saving(sizes[0], size, peak_bytes)
         cells += [Text(blank_or_bytes(size)), Text(saved, style if sizes[0] >= size else "red")]
     return cells
 

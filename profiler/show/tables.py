@@ -9,7 +9,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
-from ..category import Category
+from ..category import MODEL_STATE, Category
 from ..figures import AllocatorHealth, Duplicate
 from ..report import MemoryReport
 from .advisor import Advice
@@ -24,8 +24,6 @@ NAME_COLUMNS, SIZE_COLUMNS, FIGURE_COLUMNS = 15, 14, 11
 """What a category's name takes; a size with its unit beside another; and a size without, under a phase's name."""
 LEAST_SHARE = 0.005
 """Of the peak: modules with less are left out."""
-MODEL_STATE = (Category.WEIGHTS, Category.MASTER_WEIGHTS, Category.GRADIENTS, Category.OPTIMIZER_STATE)
-"""What grows with the number of parameters, so that bytes per parameter say something."""
 STYLES = {Category.UNATTRIBUTED: "yellow", Category.ROUNDING: "dim"}
 
 

@@ -9,10 +9,8 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 def format_bytes(size: int) -> str:
     """`size` bytes in the largest unit of which there is at least one: '1.50 GiB'."""
-    value, unit = float(size), 0
-    while abs(value) >= 1024 and unit < len(_UNITS) - 1:
-        value, unit = value / 1024, unit + 1
-    return f"{size} B" if unit == 0 else f"{value:.2f} {_UNITS[unit]}"
+    unit_bytes, unit = unit_of(size)
+    return f"{size} B" if unit_bytes == 1 else f"{size / unit_bytes:.2f} {unit}"
 
 
 def unit_of(size: int) -> tuple[int, str]:
@@ -32,6 +30,12 @@ def format_in(unit_bytes: int, size: int) -> str:
 def format_share(part: float, whole: float) -> str:
     """`part` of `whole` in per cent: '34.1%'. Nothing of nothing is ''."""
     return f"{part / whole:.1%}" if whole else ""
+
+
+def format_saving(base: int, size: int, peak_bytes: int) -> str:
+    """What `size` saves against `base`, as a share of the peak: '34.1%'. Too little to see is ''."""
+    saved = format_share(base - size, peak_bytes)
+    return "" if saved in ("0.0%", "-0.0%") else saved
 
 
 def printable(text: str) -> str:
