@@ -51,11 +51,11 @@ class Owners:
         module: torch.nn.Module,
         optimizers: Iterable[torch.optim.Optimizer],
         device: torch.device,
-        witnesses: Iterable[Any] = (),
+        witnesses: Iterable[Any],
         *,
-        max_claims: int = 1 << 62,
-        find_duplicates: bool = False,
-        address_of: Callable[[torch.UntypedStorage], int] = torch.UntypedStorage.data_ptr,
+        max_claims: int,
+        find_duplicates: bool,
+        address_of: Callable[[torch.UntypedStorage], int],
     ) -> None:
         self._module = module
         self._optimizers = list(optimizers)
@@ -109,7 +109,7 @@ class Owners:
         self._saved_hooks.__enter__()
         for path, module in hookable(self._module):
             self._handles.append(module.register_forward_pre_hook(self._enterer(path), with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._leaver(), always_call=True))
+            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
         gradient = untraced(self._gradient)
         for parameter in self._paths:
             if parameter.requires_grad and parameter.is_leaf:
@@ -288,20 +288,17 @@ class Owners:
 
         return enter
 
-    def _leaver(self) -> Any:
-        def leave(module: torch.nn.Module, args: Any, output: Any) -> None:
-            if torch.compiler.is_compiling():
-                return
-            ended_ns = now_ns()
-            if self._running:
-                run = self._running.pop()
-                if run.joined is not None:
-                    run.joined.__exit__()
-                if run.counted:
-                    self.forwards.add(run.path, ended_ns - run.began_ns, output)
-            self._mark_module(ended_ns, self._module_running())
-
-        return leave
+    def _leave(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        ended_ns = now_ns()
+        if self._running:
+            run = self._running.pop()
+            if run.joined is not None:
+                run.joined.__exit__()
+            if run.counted:
+                self.forwards.add(run.path, ended_ns - run.began_ns, output)
+        self._mark_module(ended_ns, self._module_running())
 
     def _mark_module(self, time_ns: int, path: str | None) -> None:
         if self.kept < self._max_claims:

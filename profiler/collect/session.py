@@ -15,7 +15,7 @@ from .buckets import NOTE as BUCKETS
 from .buckets import bucket_bytes
 from .modules import compiled_note
 from .owners import Owners, now_ns
-from .sources import MAX_EVENTS, Source, source_for
+from .sources import Source, source_for
 
 _OVERFLOWED = "The allocator's history was too short for the recorded steps, and its oldest part is lost."
 
@@ -38,10 +38,11 @@ class Session:
         self,
         module: torch.nn.Module,
         optimizers: Iterable[torch.optim.Optimizer],
-        witnesses: Iterable[Any] = (),
+        witnesses: Iterable[Any],
+        *,
+        max_events: int,
+        find_duplicates: bool,
         device: torch.device | None = None,
-        max_events: int = MAX_EVENTS,
-        find_duplicates: bool = True,
         source: Source | None = None,
         wrapper: torch.nn.Module | None = None,
         save_snapshot: str | Path | None = None,
