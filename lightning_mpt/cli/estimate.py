@@ -15,8 +15,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from ..precisions import check_name
 from ..presets import PRESETS
 from ..profiler import MemoryReport
-from ..profiler.compare.child import one_line
-from ..profiler.compare.class_path import TargetError
+from ..profiler.compare.class_path import TargetError, one_line
 from ..profiler.compare.run import FAILED, OK, Row, base_of, to_json
 from ..profiler.estimate import NEEDS_VALUES, EstimateError, PerRank, Trial, largest_batch, per_rank
 from .compare import ON_CPU, ON_CUDA

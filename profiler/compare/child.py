@@ -23,8 +23,8 @@ from ..ledger import BACKWARD
 from ..lightning import MemoryProfiler
 from ..out_of_memory import is_out_of_memory
 from ..report import MemoryReport
+from .class_path import TargetError, one_line
 from .run import FAILED, JOB, OK, OUT_OF_MEMORY, OUTCOME, PROGRESS, REPORT, Job
-from .target import TargetError
 
 TrainerArguments = Callable[[str], dict[str, Any]]
 """From a precision's name, what the Trainer is given for it."""
@@ -121,12 +121,6 @@ def ran_out_of_memory(error: BaseException) -> bool:
             return True
         seen = seen.__cause__ or seen.__context__
     return False
-
-
-def one_line(error: BaseException) -> str:
-    """The error's type and the first line of what it says."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 class _Enough(Exception):

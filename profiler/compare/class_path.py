@@ -105,7 +105,7 @@ def _module_of_file(file: Path, path: str) -> ModuleType:
 
 
 def _import_failed(name: str, path: str, error: Exception) -> TargetError:
-    return TargetError(f"{path!r}: importing {name} failed with {type(error).__name__}: {first_line(error)}")
+    return TargetError(f"{path!r}: importing {name} failed with {one_line(error)}")
 
 
 def _submodules(package: ModuleType | None) -> set[str]:
@@ -133,6 +133,7 @@ def _title(found: Any) -> str:
     return f"module {found.__name__}" if isinstance(found, ModuleType) else getattr(found, "__qualname__", repr(found))
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says."""
-    return next(iter(str(error).strip().splitlines()), "")
+def one_line(error: BaseException) -> str:
+    """The error's type and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from . import config
 from .arguments import check_names, parameters_of, read_arguments, read_value
-from .class_path import TargetError, first_line, load
+from .class_path import TargetError, load, one_line
 
 LOADER_ARGUMENTS = {"batch_size": int, "shuffle": bool, "num_workers": int, "drop_last": bool, "pin_memory": bool}
 """Arguments of the DataLoader that a Dataset is wrapped in."""
@@ -175,8 +175,7 @@ def _make(path: str, constructor: Callable[..., Any], arguments: dict[str, Any])
         return constructor(**arguments)
     except Exception as error:
         raise TargetError(
-            f"{_call(path, {name: repr(value) for name, value in arguments.items()})} raised "
-            f"{type(error).__name__}: {first_line(error)}"
+            f"{_call(path, {name: repr(value) for name, value in arguments.items()})} raised {one_line(error)}"
         ) from error
 
 
