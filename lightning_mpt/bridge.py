@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .base import MasterOptimizer, class_in_front
 from .kernels.gradients import true_gradient
 from .masters import MasterWeights
-from .pieces import dense, flat
+from .pieces import dense
 from .shards import local, replace, sharded_like
 from .storage import HALF_DTYPES, master_storage
 
@@ -139,9 +139,7 @@ class BridgedOptimizer(MasterOptimizer):
                 gradient = dense(local(gradient))
                 out = torch.empty_like(gradient, dtype=torch.float32)
                 transform = self._gradient_transform(gradient.device)
-                true = true_gradient(flat(gradient), transform, flat(out))
-                true = true.as_strided(gradient.shape, gradient.stride())
-                self._masters_of[parameter].grad = sharded_like(true, parameter)
+                self._masters_of[parameter].grad = sharded_like(true_gradient(gradient, transform, out), parameter)
             yield
         finally:
             for parameter in scaled:

@@ -10,11 +10,12 @@ from .slots import GradientTransform
 
 
 def true_gradient(gradient: Tensor, transform: GradientTransform, out: Tensor) -> Tensor:
-    """The gradient (flat, any floating dtype) unscaled and clipped in FP32: in `out`, or itself if nothing is to do."""
-    if gradient.dtype == torch.float32 and transform.is_identity:
+    """The gradient (any shape, any floating dtype) unscaled and clipped in FP32: in `out`, or itself if that is all."""
+    scales = isinstance(transform.multiplier, Tensor) or transform.multiplier != 1.0
+    if gradient.dtype == torch.float32 and not scales and transform.clip_value is None:
         return gradient
     out.copy_(gradient)
-    if not (isinstance(transform.multiplier, float) and transform.multiplier == 1.0):
+    if scales:
         out.mul_(transform.multiplier)
     if transform.clip_value is not None:
         out.clamp_(-transform.clip_value, transform.clip_value)

@@ -57,7 +57,3 @@ class GradientTransform(NamedTuple):
     """The clip coefficient over the loss scale: a number, or float32 without dimensions on the gradients' device."""
     clip_value: float | None = None
     """Largest magnitude of an element of the true gradient."""
-
-    @property
-    def is_identity(self) -> bool:
-        return isinstance(self.multiplier, float) and self.multiplier == 1.0 and self.clip_value is None

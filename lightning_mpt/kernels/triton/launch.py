@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...pieces import dense, ordered_like
 from ...storage import MasterStorage, Moment, MomentStorage
+from ..packs import joined
 from ..slots import GradientTransform, Slot, Slots
 from ..tiling import BLOCK, SCAN_BLOCK, TAIL, elements_worth_a_launch, tile_counts
 from .formats import ITSELF, MASTER_FORMATS, MOMENT_FORMATS
@@ -105,7 +106,7 @@ class TritonKernel:
         if not scans:
             zero = torch.zeros((), dtype=torch.float32, device=gradients[0].device)
             return zero, zero if norm else None
-        squares, flags = (_joined(list(parts)) for parts in zip(*scans, strict=True))
+        squares, flags = (joined(list(parts)) for parts in zip(*scans, strict=True))
         return flags.amax(), squares.sum().sqrt() if norm else None
 
     def scan_each(self, gradients: Sequence[Tensor]) -> Tensor:
@@ -142,7 +143,7 @@ class TritonKernel:
                 if gradient.numel():
                     alike.setdefault((slot.weight.dtype, gradient.dtype), []).append(index)
             updates = [
-                _Update(slots, indices, specialization(*dtypes, amsgrad=_amsgrad(slots), **options))
+                _Update(slots, indices, specialization(*dtypes, amsgrad=slots[0].max_exp_avg_sq is not None, **options))
                 for dtypes, indices in alike.items()
             ]
             kept[key] = updates
@@ -322,10 +323,6 @@ def _log(beta: float) -> float:
     return math.log(beta) if beta > 0 else -math.inf
 
 
-def _amsgrad(slots: Slots) -> bool:
-    return slots[0].max_exp_avg_sq is not None
-
-
 def _by_dtype(gradients: Sequence[Tensor]) -> dict[torch.dtype, tuple[Sequence[Tensor], list[int] | None]]:
     """The gradients that have elements, by dtype, and which of all they are; None where they are all."""
     if all(map(Tensor.numel, gradients)) and len(set(map(DTYPE, gradients))) == 1:
@@ -335,7 +332,3 @@ def _by_dtype(gradients: Sequence[Tensor]) -> dict[torch.dtype, tuple[Sequence[T
         if gradient.numel():
             places.setdefault(gradient.dtype, []).append(place)
     return {dtype: ([gradients[place] for place in own], own) for dtype, own in places.items()}
-
-
-def _joined(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)

@@ -3,7 +3,9 @@
 import triton
 import triton.language as tl
 
-COLUMNS = tl.constexpr(128)
+from ...storage.block8 import BLOCK as SHARING
+
+COLUMNS = tl.constexpr(SHARING)
 """Elements in a row: those that share a scale in block-wise formats."""
 
 

@@ -8,6 +8,7 @@ the step are read on the device.
 import triton
 import triton.language as tl
 
+from ...storage import dither
 from .tile import load, offsets_of
 
 FIELDS = tl.constexpr(10)
@@ -23,9 +24,9 @@ MAXIMUM_SCALE = tl.constexpr(7)
 STEP = tl.constexpr(8)
 NUMEL = tl.constexpr(9)
 
-INDEX_STRIDE = tl.constexpr(0xC13FA9A9)
-STEP_STRIDE = tl.constexpr(0x91E10DA5)
-STREAM_STRIDE = tl.constexpr(0x40000000)
+INDEX_STRIDE = tl.constexpr(dither.INDEX_STRIDE)
+STEP_STRIDE = tl.constexpr(dither.STEP_STRIDE)
+STREAM_STRIDE = tl.constexpr(dither.STREAM_STRIDE)
 
 
 @triton.jit
