@@ -21,7 +21,7 @@ from .kernels.gradients import true_gradient
 from .masters import MasterWeights
 from .pieces import dense
 from .shards import local, replace, sharded_like
-from .storage import HALF_DTYPES, master_storage
+from .storage import HALF_DTYPES, half_to_fp32, master_storage
 
 STORAGE = master_storage("float32")
 
@@ -166,7 +166,7 @@ def bridge(optimizer: Optimizer, masters: MasterWeights) -> BridgedOptimizer:
             if master is not parameter and parameter in bridged.state:
                 # Adagrad makes its state at once, like the parameter: half.
                 state = bridged.state.pop(parameter)
-                bridged.state[master] = tree_map(lambda v: v.float() if _is_half(v) else v, state)
+                bridged.state[master] = tree_map(half_to_fp32, state)
     return bridged
 
 
@@ -182,7 +182,3 @@ def refuse_unfit(optimizer: Any) -> None:
         raise ValueError(f"{name} takes sparse gradients, and the update takes dense ones only: use AdamW.")
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"{name} is not a torch.optim.Optimizer; masters are kept for one's parameters: use one.")
-
-
-def _is_half(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype in HALF_DTYPES

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from .fp32_modules import RUNNING_NORMS, kept_in_fp32, meet_half
-from .fp32_values import PLAIN, FP32Values, is_half, let_go_of_copy
+from .fp32_values import PLAIN, FP32Values, let_go_of_copy
 from .masters import MasterWeights
 from .shards import any_sharded, local, replace, sharded_groups
-from .storage import HALF_DTYPES
+from .storage import HALF_DTYPES, is_half
 
 DTYPE = attrgetter("dtype")
 

@@ -11,7 +11,7 @@ meet half ones (`mixed_types.py`).
 """
 
 import warnings
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from . import half_range, mixed_types
 from .cross_entropy import instead_of_torchs
-from .storage import HALF_DTYPES
+from .storage import HALF_DTYPES, fp32_to, half_to_fp32
 from .torch_functions import Function, Way, named
 from .upcast import Casts, before_call
 
@@ -110,7 +110,7 @@ class FP32Functions(TorchFunctionMode):
 
 def _in_fp32(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What `func` gives for half tensors, computed in FP32; it stays FP32."""
-    return func(*map(_to_fp32, args), **{name: _to_fp32(value) for name, value in kwargs.items()})
+    return func(*map(half_to_fp32, args), **{name: half_to_fp32(value) for name, value in kwargs.items()})
 
 
 def _through_fp32(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -121,12 +121,8 @@ def _through_fp32(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any])
     half = given & set(HALF_DTYPES)
     if not half:
         return func(*args, **kwargs)
-    args, kwargs = tree_map(_to_fp32, (args, kwargs))
-    dtype = half.pop()
-    return tree_map(
-        lambda value: value.to(dtype) if isinstance(value, Tensor) and value.dtype == torch.float32 else value,
-        func(*args, **kwargs),
-    )
+    args, kwargs = tree_map(half_to_fp32, (args, kwargs))
+    return tree_map(partial(fp32_to, half.pop()), func(*args, **kwargs))
 
 
 def _cross_entropy(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -160,10 +156,6 @@ def _sum(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _one_of_a_batch(x: Tensor) -> bool:
     """Whether `x` is one of many that `torch.vmap` takes at once: then its sum is one of a tensor's elements."""
     return not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(x)
-
-
-def _to_fp32(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.dtype in HALF_DTYPES else value
 
 
 WAYS: dict[Any, Way] = {

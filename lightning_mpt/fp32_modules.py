@@ -10,6 +10,7 @@ radian, at 8192 by whole ones. Their inputs are left as they are, since it is th
 are given in; where they are FP32 all the same they become half.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._pytree import tree_map
 
-from .storage import HALF_DTYPES
+from .storage import fp32_to, half_to_fp32
 
 RUNNING_NORMS = (_BatchNorm, _InstanceNorm)
 FREQUENCIES = "inv_freq"
@@ -47,7 +48,7 @@ def meet_half(module: nn.Module, kept: set[nn.Module], dtype: torch.dtype) -> li
     """Register the casts around what is `kept` in FP32 within `module`. Gives their handles."""
 
     def outputs_to_half(part: nn.Module, args: Any, output: Any) -> Any:
-        return tree_map(lambda value: _cast(value, (torch.float32,), dtype), output)
+        return tree_map(partial(fp32_to, dtype), output)
 
     handles: list[Any] = []
     within: set[nn.Module] = set()
@@ -81,8 +82,4 @@ def _fp32_by_default(part: nn.Module) -> list[Any]:
 
 
 def _inputs_to_fp32(part: nn.Module, args: Any, kwargs: Any) -> Any:
-    return tree_map(lambda value: _cast(value, HALF_DTYPES, torch.float32), (args, kwargs))
-
-
-def _cast(value: Any, sources: tuple[torch.dtype, ...], target: torch.dtype) -> Any:
-    return value.to(target) if isinstance(value, torch.Tensor) and value.dtype in sources else value
+    return tree_map(half_to_fp32, (args, kwargs))

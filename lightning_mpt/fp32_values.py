@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .half_range import saturated
 from .masters import MasterWeights
 from .shards import share
-from .storage import HALF_DTYPES, master_storage
+from .storage import HALF_DTYPES, is_half, master_storage
 
 PLAIN = master_storage("float32")
 
@@ -216,8 +216,3 @@ def let_go_of_copy(part: nn.Module) -> None:
 def _alike(half: Tensor, other: Tensor) -> bool:
     """Whether two half tensors of one shape have the same bits, NaN among them."""
     return torch.equal(half.contiguous().view(torch.int16), other.contiguous().view(torch.int16))
-
-
-def is_half(value: Any) -> bool:
-    """Whether it is a tensor in half precision."""
-    return isinstance(value, Tensor) and value.dtype in HALF_DTYPES

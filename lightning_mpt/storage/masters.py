@@ -1,6 +1,6 @@
 """What every storage of master weights can do, and the one rounding from FP32 to half that all of them share."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +42,21 @@ class MasterStorage(Protocol):
         `dither` (int32, see `dither.py`): thresholds that a lossy format rounds by within a step; None: to nearest.
         """
         ...
+
+
+def is_half(value: Any) -> bool:
+    """Whether `value`, which may be anything, is a half tensor."""
+    return isinstance(value, Tensor) and value.dtype in HALF_DTYPES
+
+
+def half_to_fp32(value: Any) -> Any:
+    """A half tensor in FP32; anything else as it is."""
+    return value.float() if is_half(value) else value
+
+
+def fp32_to(dtype: torch.dtype, value: Any) -> Any:
+    """An FP32 tensor in `dtype`; anything else as it is."""
+    return value.to(dtype) if isinstance(value, Tensor) and value.dtype == torch.float32 else value
 
 
 def round_to_half(master: Tensor, half: Tensor, scratch: Tensor) -> None:
