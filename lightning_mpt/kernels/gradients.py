@@ -56,7 +56,7 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     for stretch in _stretches(tensors, length):
         fp32 = stretch[0]
         if len(stretch) > 1 or fp32.dtype != torch.float32:
-            sizes = [len(part) for part in stretch]
+            sizes = list(map(Tensor.numel, stretch))
             fp32 = scratch[: sum(sizes)]
             torch._foreach_copy_(list(fp32.split(sizes)), stretch)
         sums.append(torch.dot(fp32, fp32))
@@ -70,12 +70,12 @@ def _stretches(tensors: Sequence[Tensor], length: int) -> Iterator[list[Tensor]]
     for tensor in tensors:
         values = flat(dense(tensor))
         for part in pieces(values.numel(), length):
-            piece = values[part]
-            if len(piece) > room:
+            size = part.stop - part.start
+            if size > room:
                 yield together
                 together, room = [], length
-            together.append(piece)
-            room -= len(piece)
+            together.append(values if size == values.numel() else values[part])
+            room -= size
     if together:
         yield together
 
