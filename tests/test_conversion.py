@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from stepping import HALVES, assert_same
 from torch import nn
 
 from lightning_mpt import MasterAdamW
 from lightning_mpt.conversion import ConvertedModule
 from lightning_mpt.masters import MasterWeights
 from lightning_mpt.storage import master_storage
-
-HALVES = (torch.bfloat16, torch.float16)
 
 
 class Net(nn.Module):
@@ -36,10 +35,6 @@ def convert(
 ) -> tuple[ConvertedModule, MasterWeights]:
     masters = MasterWeights()
     return ConvertedModule(net, dtype, masters, **options), masters
-
-
-def assert_same(a: Any, b: Any) -> None:
-    torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

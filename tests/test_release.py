@@ -33,6 +33,18 @@ def no_decay_of_vectors(module: L.LightningModule) -> torch.optim.Optimizer:
     return torch.optim.AdamW([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], lr=1e-2)
 
 
+def gradients_alive(module: nn.Module) -> list[list[int]]:
+    """The sizes of the gradients that are there: a list more, whenever one is complete."""
+    alive: list[list[int]] = []
+
+    def note(_: Tensor) -> None:
+        alive.append([parameter.numel() for parameter in module.parameters() if parameter.grad is not None])
+
+    for parameter in module.parameters():
+        parameter.register_post_accumulate_grad_hook(note)
+    return alive
+
+
 def tokens(count: int) -> list[tuple[Tensor, ...]]:
     generator = torch.Generator().manual_seed(0)
     return [(torch.randint(64, (4, 32), generator=generator),) for _ in range(count)]
@@ -69,7 +81,6 @@ def test_a_tied_weight_is_updated_once_when_both_its_uses_are_done() -> None:
 
 def test_no_more_than_a_layers_gradients_are_alive_together() -> None:
     """Its weight's and its bias's in backward, and none when the step begins."""
-    in_backward: list[int] = []
     before_step: list[int] = []
 
     class Counts(Classifier):
@@ -77,16 +88,11 @@ def test_no_more_than_a_layers_gradients_are_alive_together() -> None:
             before_step.append(sum(parameter.grad is not None for parameter in self.parameters()))
 
     module = Counts(mlp())
-
-    def count(parameter: Tensor) -> None:
-        in_backward.append(sum(other.grad is not None for other in module.parameters()))
-
-    for parameter in module.parameters():
-        parameter.register_post_accumulate_grad_hook(count)
+    in_backward = gradients_alive(module)
     fit(module, classification(3), released())
     assert before_step == [0, 0, 0]
     assert len(in_backward) == 3 * 6
-    assert max(in_backward) <= 2
+    assert max(map(len, in_backward)) <= 2
 
 
 @pytest.fixture
@@ -102,7 +108,7 @@ def test_with_the_kernel_as_many_wait_for_one_another_as_are_worth_a_launch(
 ) -> None:
     """And small ones of a group of their own wait for all of it, rather than be launched with every large one."""
     monkeypatch.setattr(tiling, "RELEASES", 4)
-    alive, launches, of_vectors = [], [], 0
+    launches, of_vectors = [], 0
     step_some = MasterAdamW.step_some
 
     def counted(self: MasterAdamW, parameters: Any, *arguments: Any) -> Tensor:
@@ -114,19 +120,14 @@ def test_with_the_kernel_as_many_wait_for_one_another_as_are_worth_a_launch(
     monkeypatch.setattr(MasterAdamW, "step_some", counted)
     net = nn.Sequential(*(nn.Linear(16, 16) for _ in range(8)), nn.Linear(16, 4))
     ours, plain = Classifier(net, configure), Classifier(copy.deepcopy(net), configure)
-
-    def count(parameter: Tensor) -> None:
-        alive.append(sum(other.numel() for other in ours.parameters() if other.grad is not None))
-
-    for parameter in ours.parameters():
-        parameter.register_post_accumulate_grad_hook(count)
+    alive = gradients_alive(ours)
     fit(ours, classification(4), released())
     fit(plain, classification(4), released(gradient_release=False))
     total = sum(parameter.numel() for parameter in net.parameters())
     assert sum(launches) == 4 * 18
     assert len(launches) <= 4 * 5
     assert of_vectors == (0 if configure is ONE_GROUP else 4)
-    assert max(alive) <= total // 4 + 16 * 17
+    assert max(map(sum, alive)) <= total // 4 + 16 * 17
     torch.testing.assert_close(ours.state_dict(), plain.state_dict(), **ROUNDING)
 
 
@@ -156,16 +157,11 @@ def test_with_batchnorm_many_groups_and_an_empty_parameter(
     layers = [layer for _ in range(6) for layer in (nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU())]
     ours = Several(nn.Sequential(*layers, nn.Linear(16, 4)))
     plain = copy.deepcopy(ours)
-    total, alive = sum(parameter.numel() for parameter in ours.parameters()), []
-
-    def count(parameter: Tensor) -> None:
-        alive.append(sum(other.numel() for other in ours.parameters() if other.grad is not None))
-
-    for parameter in ours.parameters():
-        parameter.register_post_accumulate_grad_hook(count)
+    total = sum(parameter.numel() for parameter in ours.parameters())
+    alive = gradients_alive(ours)
     fit(ours, classification(4), released(**options))
     fit(plain, classification(4), released(gradient_release=False, **options))
-    assert max(alive) <= total // 4 + 17 * 16
+    assert max(map(sum, alive)) <= total // 4 + 17 * 16
     if not options:
         torch.testing.assert_close(ours.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-6)
     assert ours.losses == pytest.approx(plain.losses, rel=0.02)

@@ -10,7 +10,7 @@ from .slots import GradientTransform
 
 
 def true_gradient(gradient: Tensor, transform: GradientTransform, out: Tensor) -> Tensor:
-    """The gradient (any shape, any floating dtype) unscaled and clipped in FP32: in `out`; itself if that is it."""
+    """The gradient (any shape, floating) unscaled and clipped in FP32: in `out`, or itself if nothing is to do."""
     scales = isinstance(transform.multiplier, Tensor) or transform.multiplier != 1.0
     if gradient.dtype == torch.float32 and not scales and transform.clip_value is None:
         return gradient
