@@ -17,10 +17,10 @@ def parameters(dtype: torch.dtype, seed: int = 0) -> list[nn.Parameter]:
     return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
 
 
-def set_gradients(params: list[nn.Parameter], step: int, scale: float = 1.0) -> None:
+def set_gradients(params: list[nn.Parameter], step: int) -> None:
     generator = torch.Generator().manual_seed(100 + step)
     for parameter in params:
-        parameter.grad = (torch.randn(parameter.shape, generator=generator) * 0.1 * scale).to(parameter.dtype)
+        parameter.grad = (torch.randn(parameter.shape, generator=generator) * 0.1).to(parameter.dtype)
 
 
 def train(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], steps: range) -> None:

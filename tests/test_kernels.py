@@ -53,8 +53,8 @@ def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(pieces.LARGEST_PIECE, "cpu", 64)
 
 
-def gradients(shape: torch.Size, seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+def gradients(shape: torch.Size) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
     return [torch.randn(shape, generator=generator) * 10.0 ** (i % 4 - 2) for i in range(STEPS)]
 
 

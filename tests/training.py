@@ -98,13 +98,13 @@ class Resumable:
         self._next = state_dict["next"]
 
 
-def classification(count: int, *, features: int = 16, classes: int = 4, size: int = 32) -> list[tuple[Tensor, ...]]:
-    """`count` batches of a task that can be learned: which of the first features is the largest."""
+def classification(count: int, *, size: int = 32) -> list[tuple[Tensor, ...]]:
+    """`count` batches of a task that can be learned: which of the first 4 of 16 features is the largest."""
     generator = torch.Generator().manual_seed(1)
     batches: list[tuple[Tensor, ...]] = []
     for _ in range(count):
-        x = torch.randn(size, features, generator=generator)
-        batches.append((x, x[:, :classes].argmax(dim=1)))
+        x = torch.randn(size, 16, generator=generator)
+        batches.append((x, x[:, :4].argmax(dim=1)))
     return batches
 
 

@@ -33,8 +33,8 @@ def segment(address: int, *blocks: tuple[int, str] | tuple[int, str, int], **mor
     }
 
 
-def entry(action: str, address: int, size: int, time_us: int = 1, stream: int = 0) -> dict[str, Any]:
-    return {"action": action, "addr": address, "size": size, "stream": stream, "time_us": time_us, "frames": []}
+def entry(action: str, address: int, size: int, time_us: int = 1) -> dict[str, Any]:
+    return {"action": action, "addr": address, "size": size, "stream": 0, "time_us": time_us, "frames": []}
 
 
 def sizes(events: list[Event]) -> list[tuple[int, int, int]]:

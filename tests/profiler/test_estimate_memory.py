@@ -39,8 +39,8 @@ def highest(events: list[Event]) -> int:
     return peak
 
 
-def kib(count: float = 1.0, **options: object) -> Tensor:
-    return torch.empty(int(count * 256), dtype=torch.float32, **options)  # type: ignore[call-overload]
+def kib(**options: object) -> Tensor:
+    return torch.empty(256, dtype=torch.float32, **options)  # type: ignore[call-overload]
 
 
 def test_a_storage_is_born_with_its_first_tensor_and_dies_with_its_last() -> None:
