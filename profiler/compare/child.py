@@ -19,6 +19,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from typing_extensions import override
 
 from ..category import Category
+from ..codec import decode
 from ..ledger import BACKWARD
 from ..lightning import MemoryProfiler
 from ..out_of_memory import is_out_of_memory
@@ -41,7 +42,7 @@ def main(folder: Path, trainer_arguments: TrainerArguments) -> None:
 
 def run(folder: Path, trainer_arguments: TrainerArguments) -> None:
     """Do the job in `folder` and leave its outcome there. Raises nothing that training raised."""
-    job = Job.from_json(json.loads((folder / JOB).read_text(encoding="utf-8")))
+    job = decode(Job, json.loads((folder / JOB).read_text(encoding="utf-8")))
     outcome: dict[str, Any] = {"status": OK, "error": None, "bad_target": False, "step_seconds": None}
     try:
         with (folder / PROGRESS).open("ab", buffering=0) as progress:

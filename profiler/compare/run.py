@@ -13,11 +13,12 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..codec import encode
 from ..report import MemoryReport
 from ..show.claims import FP32, saved_claims, share_claims
 from .target import Target, TargetError
@@ -50,13 +51,6 @@ class Job:
     def batches(self) -> int:
         """Batches in all, where each is a step."""
         return self.warmup_steps + 2 * self.steps
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "Job":
-        return cls(**{**content, "target": Target.from_json(content["target"])})
 
 
 @dataclass(frozen=True)
@@ -137,7 +131,7 @@ def run_job(
     """
     with tempfile.TemporaryDirectory(prefix="lightning-mpt-") as scratch:
         folder = Path(scratch)
-        (folder / JOB).write_text(json.dumps(job.to_json()), encoding="utf-8")
+        (folder / JOB).write_text(json.dumps(encode(job)), encoding="utf-8")
         returncode = _run(command, folder, timeout_s, watch)
         row = _row(job, folder, returncode, timeout_s)
         if save_to is not None:

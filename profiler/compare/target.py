@@ -9,7 +9,7 @@ object will do. The current directory can be imported from, as with `python -m`;
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -84,15 +84,6 @@ class Target:
     def trainer_settings(self) -> dict[str, Any]:
         """What the Trainer is to be given besides: of a configuration what changes a step."""
         return {} if self.config is None else _or_target_error(config.trainer_settings, self.config)
-
-    def to_json(self) -> dict[str, Any]:
-        """As dictionaries and strings."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "Target":
-        """What `to_json` gave."""
-        return cls(**content)
 
     def __str__(self) -> str:
         parts = [_call(self._model_path, self.model_arguments)]

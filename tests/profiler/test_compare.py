@@ -16,6 +16,7 @@ import torch
 
 from lightning_mpt.precisions import trainer_arguments
 from lightning_mpt.profiler import Category, MemoryReport
+from lightning_mpt.profiler.codec import encode
 from lightning_mpt.profiler.compare import child
 from lightning_mpt.profiler.compare.run import (
     FAILED,
@@ -149,7 +150,7 @@ def test_a_network_that_never_steps_is_an_error(tmp_path: Path) -> None:
 
 
 def outcome_of(job: Job, folder: Path) -> dict[str, Any]:
-    (folder / JOB).write_text(json.dumps(job.to_json()))
+    (folder / JOB).write_text(json.dumps(encode(job)))
     child.run(folder, trainer_arguments)
     return json.loads((folder / OUTCOME).read_text())
 

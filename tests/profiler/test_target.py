@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from lightning_mpt.profiler.codec import decode, encode
 from lightning_mpt.profiler.compare.class_path import load
 from lightning_mpt.profiler.compare.target import Target, TargetError
 
@@ -148,7 +149,7 @@ def test_a_check_makes_nothing() -> None:
 
 def test_a_target_goes_through_json() -> None:
     target = Target("a:B", {"c": "1"}, "d:E", {"f": "x"}, "g.yaml")
-    assert Target.from_json(json.loads(json.dumps(target.to_json()))) == target
+    assert decode(Target, json.loads(json.dumps(encode(target)))) == target
     assert str(target) == "a:B(c=1) on d:E(f=x)"
 
 
