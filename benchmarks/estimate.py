@@ -33,7 +33,7 @@ from examples.train_gpt import multiplies_bf16, quiet_lightning
 from lightning_mpt.cli.estimate import estimate
 from lightning_mpt.profiler import MemoryReport
 from lightning_mpt.profiler.estimate import Trial
-from lightning_mpt.profiler.estimate.corrections import without_onednn
+from lightning_mpt.profiler.estimate.lstm import without_onednn
 
 OURS = "mpt-bf16-true"
 PRECISIONS = {

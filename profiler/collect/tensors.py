@@ -15,7 +15,7 @@ def parts_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """
     if type(tensor) in _PLAIN and tensor.layout is torch.strided:  # nearly always: asked of every saved tensor
         yield tensor
-    elif tensor.layout in (torch.sparse_coo,):
+    elif tensor.layout is torch.sparse_coo:
         yield from (tensor._indices(), tensor._values())
     elif tensor.layout is not torch.strided:
         return

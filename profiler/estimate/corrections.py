@@ -17,8 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .lstm import rule_holds
-
 aten = torch.ops.aten
 
 BLOCK_BYTES = 512
@@ -101,32 +99,6 @@ def unknowns(module: nn.Module) -> list[str]:
     if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in parts):
         notes.append("cuDNN's reserve of batch norm is not counted.")
     return notes
-
-
-def cpu_unknowns(module: nn.Module) -> list[str]:
-    """What an estimate for a CPU leaves out, of this module."""
-    if not has_lstm(module) or rule_holds():
-        return []
-    return [
-        "LSTMs are counted as torch runs them without oneDNN (torch.backends.mkldnn.enabled = False): with it they "
-        "keep a workspace that takes two to three times as much."
-    ]
-
-
-def has_lstm(module: nn.Module) -> bool:
-    """Whether oneDNN could take part, whose fake LSTM forgets its workspace."""
-    return any(isinstance(part, nn.LSTM) for part in module.modules())
-
-
-@contextmanager
-def without_onednn() -> Iterator[None]:
-    """Within it torch does without oneDNN. (`torch.backends.mkldnn.flags` would write to other switches too.)"""
-    before = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(before)
 
 
 # -- rules ------------------------------------------------------------------------------------------------------------

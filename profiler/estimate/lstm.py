@@ -7,11 +7,13 @@ every one to the byte, the scratch of half layers within some 100 KiB. Another C
 the rule is asked whether it fits a small layer, and not used where it does not.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 aten = torch.ops.aten
@@ -45,6 +47,32 @@ def _fits_layer(dtype: torch.dtype) -> bool:
         arguments: tuple[Any, ...] = (input, w0, w1, bias, bias, *states_and_options)
         kept: torch.Tensor = _FORWARD(*arguments)[3]
         return kept.nbytes == _workspace_bytes(*_sizes(arguments), dtype.itemsize)
+
+
+def lstm_unknowns(module: nn.Module) -> list[str]:
+    """What an estimate for a CPU leaves out, of this module."""
+    if not has_lstm(module) or rule_holds():
+        return []
+    return [
+        "LSTMs are counted as torch runs them without oneDNN (torch.backends.mkldnn.enabled = False): with it they "
+        "keep a workspace that takes two to three times as much."
+    ]
+
+
+def has_lstm(module: nn.Module) -> bool:
+    """Whether oneDNN could take part, whose fake LSTM forgets its workspace."""
+    return any(isinstance(part, nn.LSTM) for part in module.modules())
+
+
+@contextmanager
+def without_onednn() -> Iterator[None]:
+    """Within it torch does without oneDNN. (`torch.backends.mkldnn.flags` would write to other switches too.)"""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
 
 
 def with_workspace(func: Callable[..., Any], args: tuple[Any, ...], result: Any) -> Any:

@@ -31,8 +31,8 @@ from ..collect.session import Session
 from ..lightning import MemoryProfiler
 from ..recording import Recording
 from ..report import MemoryReport
-from .corrections import has_lstm, without_onednn
 from .devices import CUDA, Device
+from .lstm import has_lstm, without_onednn
 from .memory import DataDependent, FakeFunctions, FakeMemory
 
 _NONE = object()

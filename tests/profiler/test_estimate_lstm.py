@@ -8,7 +8,6 @@ from benchmarks.estimate import Case, estimated
 from benchmarks.estimate import lstm as network
 from examples.train_gpt import multiplies_bf16
 from lightning_mpt.profiler.estimate import lstm
-from lightning_mpt.profiler.estimate.corrections import cpu_unknowns
 
 SHAPES = [(1, 1, 1, 1), (3, 5, 7, 6), (2, 33, 100, 30), (40, 20, 24, 40), (12, 8, 64, 64), (5, 3, 20, 256)]
 """Steps, samples, inputs, hidden units."""
@@ -47,5 +46,5 @@ def test_where_the_rule_does_not_hold_lstms_are_counted_without_onednn_and_a_not
     shape = {"features": 16, "width": 32, "layers": 2, "steps": 12, "batch_size": 8}
     without = estimated("32-true", Case(network, shape, onednn=False))
     assert estimated("32-true", Case(network, shape)).categories == without.categories
-    assert "without oneDNN" in cpu_unknowns(nn.LSTM(2, 2))[0]
-    assert cpu_unknowns(nn.Linear(2, 2)) == []
+    assert "without oneDNN" in lstm.lstm_unknowns(nn.LSTM(2, 2))[0]
+    assert lstm.lstm_unknowns(nn.Linear(2, 2)) == []
