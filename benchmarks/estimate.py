@@ -13,7 +13,6 @@ import argparse
 import json
 import resource
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -166,7 +165,7 @@ def compared(network: str, precision: str, measured: Mapping[str, Any], estimate
 def child(kind: str, precision: str, device: str = "", name: str = "") -> dict[str, Any]:
     """What is done in a process of its own."""
     if kind == "measure":
-        return measured(precision, CASES[device][name], device).to_json()
+        return figures(measured(precision, CASES[device][name], device))
     began = time.perf_counter()
     tokens = torch.zeros(LARGE["batch_size"], LARGE["seq_len"], dtype=torch.int64)
     batch = {"input_ids": tokens, "labels": tokens.clone()}
@@ -207,13 +206,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     for name in chosen:
         for precision in track(precisions, name, console=console):
-            content = apart("estimate", "measure", precision, device, name, limit_s=900)
-            with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-                file.write(json.dumps(content))
-                file.flush()
-                real = MemoryReport.load(file.name)
-            guess = estimated(precision, cases[name], device)
-            rows.append(compared(name, precision, figures(real), figures(guess)))
+            real = apart("estimate", "measure", precision, device, name, limit_s=900)
+            guess = figures(estimated(precision, cases[name], device))
+            rows.append(compared(name, precision, real, guess))
     print_errors(rows, console)
     shapes = {name: {"make": case.make.__name__, **case.shape} for name, case in cases.items()}
     result: dict[str, Any] = {"environment": where, "cases": shapes, "rows": rows}

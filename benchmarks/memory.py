@@ -26,11 +26,11 @@ from torch.utils.data import DataLoader
 from benchmarks import network_zoo
 from benchmarks.common import MISSED, apart, environment, result_path, write_result
 from benchmarks.recorded import Step, by_category, recorded
+from lightning_mpt.profiler.category import MODEL_STATE
 
 REFERENCE = "32-true"
 OURS = "mpt-bf16-true"
 PRECISIONS = (REFERENCE, "bf16-mixed", "bf16-true", OURS, f"{OURS}:compact", f"{OURS}:minimal")
-MODEL_STATE = ("weights", "master_weights", "gradients", "optimizer_state")
 MARGIN = 0.04
 COMPACT_TARGET = 0.5
 Sample = Callable[[], dict[str, Tensor]]
