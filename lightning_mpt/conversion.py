@@ -54,6 +54,7 @@ class ConvertedModule:
         self.module = module
         self._dtype = dtype
         self._masters = masters
+        self._fp32_modules = fp32_modules
         self.values = FP32Values(dtype, masters)
         self.values.whole = module
         self._met = set(module.modules())
@@ -102,6 +103,22 @@ class ConvertedModule:
     def parameters(self) -> dict[nn.Parameter, str]:
         """The half parameters with their names, tied ones once."""
         return self._parameters
+
+    def worth_a_warning(self) -> Iterator[str]:
+        """What users may not have meant, in words."""
+        if self.was_half:
+            yield (
+                f"{len(self.was_half)} parameters ({self.was_half[0]} first) were half precision already: their FP32 "
+                "masters start from the half values. Hand over the FP32 module to start from all its bits."
+            )
+        if self.half_norms and self._fp32_modules:
+            kinds, first = ", ".join(kind.__name__ for kind in self._fp32_modules), self.half_norms[0]
+            yield (
+                f"fp32_modules=({kinds},) takes the place of the norms with running statistics, and "
+                f"{len(self.half_norms)} of them ({first}, {type(self.module.get_submodule(first)).__name__}, first) "
+                "train in half, statistics too: name their types beside it, or give fp32_modules=() for no FP32 module "
+                "at all."
+            )
 
     def take_replaced(self) -> None:
         """Parameters that were given values of another dtype, by `parameter.data = ...`, are half again.

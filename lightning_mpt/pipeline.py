@@ -76,6 +76,10 @@ class MasterWeightPipeline:
         self.precision = precision
         self._dtype = DTYPES[precision]
         self._loss_scale = make_loss_scale(loss_scale, self._dtype)
+        self._scaled_loss = not isinstance(self._loss_scale, ConstantLossScale) or self.loss_scale != 1.0
+        """Whether there is a loss scale at all."""
+        self._went_backward = False
+        """Whether a loss was scaled since training started: by `manual_backward`, `fabric.backward`, the Trainer."""
         self._gradients_scale = self._loss_scale.scale
         """The loss scale of the last backward: with several optimizers, the first one's step may change the scale."""
         self._master_weights = master_storage(master_weights).name
@@ -142,26 +146,14 @@ class MasterWeightPipeline:
         """Make the module half, and FP32 seen from outside."""
         converted = ConvertedModule(module, self._dtype, self._masters, self._fp32_modules)
         self._converted.append(converted)
-        if converted.was_half:
-            count, first = len(converted.was_half), converted.was_half[0]
-            rank_zero_warn(
-                f"{count} parameters ({first} first) were half precision already: their FP32 masters start from the "
-                "half values. Hand over the FP32 module to start from all its bits."
-            )
-        if converted.half_norms and self._fp32_modules:
-            kinds = ", ".join(kind.__name__ for kind in self._fp32_modules)
-            count, first = len(converted.half_norms), converted.half_norms[0]
-            kind = type(module.get_submodule(first)).__name__
-            rank_zero_warn(
-                f"fp32_modules=({kinds},) takes the place of the norms with running statistics, and {count} of them "
-                f"({first}, {kind}, first) train in half, statistics too: name their types beside it, or give "
-                "fp32_modules=() for no FP32 module at all."
-            )
+        for said in converted.worth_a_warning():
+            rank_zero_warn(said)
         return converted
 
     def _train_on(self, device: torch.device) -> None:
         """From now on steps are taken on `device`."""
         self._device_type = device.type
+        self._went_backward = False
         self._loss_scale.to(device)
         self._gradients_scale = self._loss_scale.scale
         self._skips.begin(self.loss_scale)
@@ -242,6 +234,7 @@ class MasterWeightPipeline:
 
     def _scaled(self, loss: Tensor) -> Tensor:
         """The loss to run backward from."""
+        self._went_backward = True
         for watch in self._watches:
             watch.loss = loss.detach()
         for converted in self._converted:
@@ -282,7 +275,16 @@ class MasterWeightPipeline:
             scan: what is known of the gradients, where they need no look.
             released: where gradients are gone by now, what was found of each.
             kwargs: of the optimizer's `step`.
+
+        Raises:
+            RuntimeError: there is a loss scale, and the gradients cannot be scaled by it.
         """
+        if self._scaled_loss and not self._went_backward and any(p.grad is not None for p in optimizer.parameters()):
+            raise RuntimeError(
+                f"No loss was multiplied by the loss scale of {self.loss_scale:g}, and the step would divide gradients "
+                "by it: call self.manual_backward(loss) (fabric.backward(loss)) instead of loss.backward(), assign "
+                "gradients within true_gradients(), or train with loss_scale=None."
+            )
         if next(optimizer.parameters(), None) is None:  # nothing to look at: `configure_optimizers` returned None
             optimizer.step(**kwargs)
             return

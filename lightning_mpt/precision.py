@@ -118,8 +118,9 @@ class MasterWeightPrecision(MasterWeightPipeline, Precision):
         (converted,) = self._converted
         self._shows_true_gradients = True
         try:
-            with true_gradients(converted, self._gradients_scale):
+            with true_gradients(converted, self._gradients_scale, scaled=self._scaled_loss) as assigned:
                 yield
+            self._went_backward |= bool(assigned)
         finally:
             self._shows_true_gradients = False
 

@@ -16,34 +16,42 @@ from torch.overrides import TorchFunctionMode
 
 from .base import refuse_sparse
 from .conversion import ConvertedModule
-from .kernels.gradients import true_gradient
+from .kernels.gradients import scan_gradients, true_gradient
 from .kernels.slots import GradientTransform
-from .shards import layout
+from .shards import layout, local
 
 _READ, _WRITE, _DELETE = (getattr(Tensor.grad, name) for name in ("__get__", "__set__", "__delete__"))
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 @contextmanager
-def true_gradients(converted: ConvertedModule, scale: Tensor) -> Iterator[None]:
+def true_gradients(converted: ConvertedModule, scale: Tensor, *, scaled: bool = True) -> Iterator[list[Tensor]]:
     """Within it, `parameter.grad` of the module's parameters is the true gradient: float32, unscaled.
 
     What is done to it in place, or assigned instead of it, is done to the gradient: afterwards the parameter has the
-    changed one, float32 and scaled. A gradient that was only read is afterwards what it was; a sharded one is taken to
-    be changed.
+    changed one, float32 and scaled, and is in the list that is given. A gradient that was only read is afterwards what
+    it was; a sharded one is taken to be changed. Under a loss scale, one that overflowed stays so, whatever was made of
+    it: the step is to be skipped, and the scale to fall.
 
     Args:
         converted: the module; its gradients may change.
         scale: the loss scale that backward used: float32 without dimensions.
+        scaled: whether there is a loss scale, and not the constant 1.
 
     Raises:
         RuntimeError: a gradient that is asked for is sparse.
     """
     mode = _TrueGradients(converted, scale)
+    assigned: list[Tensor] = []
     with mode:
-        yield
+        yield assigned
     for parameter, true in mode.changed():
-        converted.give_gradient(parameter, true.detach().float() * scale.to(true.device, non_blocking=True))
+        changed = true.detach().float() * scale.to(true.device, non_blocking=True)
+        if scaled and parameter.grad is not None and parameter.grad.numel():
+            found_inf, _ = scan_gradients([local(parameter.grad)], norm=False)
+            local(changed).add_(torch.where(found_inf > 0, torch.nan, 0.0))
+        converted.give_gradient(parameter, changed)
+        assigned.append(parameter)
 
 
 class _TrueGradients(TorchFunctionMode):

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import grad_norm
 from torch import Tensor, nn
 from training import Classifier, classification, fit
 
-from lightning_mpt import MasterWeightPrecision
+from lightning_mpt import DynamicLossScale, MasterWeightPrecision
 
 SCALED = [("16-true", 1024.0), ("16-true", "dynamic"), ("bf16-true", None), ("bf16-true", 512.0)]
 HALF_ERROR = {"16-true": 0.001, "bf16-true": 0.01}
@@ -188,3 +188,77 @@ def test_outside_of_training_there_are_none_to_ask_for() -> None:
         MasterWeightPrecision().true_gradients(),
     ):
         pass
+
+
+def repair(module: Steps) -> None:
+    for parameter in module.parameters():
+        if parameter.grad is not None:
+            torch.nan_to_num(parameter.grad, nan=0.0, posinf=0.0, neginf=0.0, out=parameter.grad)
+
+
+def clip(module: Steps) -> None:
+    torch.nn.utils.clip_grad_value_(module.parameters(), 1.0)
+
+
+def assign(module: Steps) -> None:
+    for parameter in module.parameters():
+        if parameter.grad is not None:
+            parameter.grad = torch.nan_to_num(parameter.grad)
+
+
+@pytest.mark.parametrize("change", [repair, clip, assign])
+def test_a_gradient_that_overflowed_skips_the_step_whatever_is_made_of_it(change: Callable[[Steps], None]) -> None:
+    plugin = MasterWeightPrecision("16-true", loss_scale=DynamicLossScale(init_scale=2.0**24))
+    module = Steps(change)
+    fit(module, classification(1), plugin)
+    assert (plugin.skipped_steps, plugin.loss_scale) == (1, 2.0**23)
+    assert not any(way.any() for way in module.ways())
+
+
+def test_without_a_loss_scale_what_is_repaired_is_taken_as_in_fp32() -> None:
+    def spoil_and_repair(module: Steps) -> None:
+        module.net[0].weight.grad.view(-1)[0] = torch.inf  # type: ignore[union-attr, operator]
+        repair(module)
+
+    plugin, module = MasterWeightPrecision("bf16-true"), Steps(spoil_and_repair)
+    fit(module, classification(1), plugin)
+    assert plugin.skipped_steps == 0
+    assert all(way.any() for way in module.ways())
+
+
+class ByHand(Classifier):
+    """Goes backward in its own way."""
+
+    def __init__(self, backward: Callable[["ByHand", Tensor], None]) -> None:
+        super().__init__(net(), sgd)
+        self.automatic_optimization = False
+        self._backward = backward
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self._backward(self, F.cross_entropy(self(batch[0]), batch[1]))
+        optimizer.step()
+
+
+def test_a_loss_that_goes_backward_unscaled_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match=r"loss scale of 1024, and .* call self.manual_backward\(loss\)"):
+        fit(
+            ByHand(lambda _, loss: loss.backward()),
+            classification(1),
+            MasterWeightPrecision("16-true", loss_scale=1024),
+        )
+    fit(ByHand(lambda _, loss: loss.backward()), classification(1), MasterWeightPrecision("bf16-true"))
+
+
+def test_gradients_that_are_assigned_need_no_backward() -> None:
+    def evolve(module: ByHand, loss: Tensor) -> None:
+        with module.trainer.precision_plugin.true_gradients():  # type: ignore[attr-defined]
+            for parameter in module.parameters():
+                parameter.grad = torch.full(parameter.shape, 0.25)
+
+    module = ByHand(evolve)
+    start = [parameter.detach().clone() for parameter in module.parameters()]
+    fit(module, classification(1), MasterWeightPrecision("16-true"))
+    for before, after in zip(start, module.parameters(), strict=True):
+        torch.testing.assert_close(before - after, torch.full_like(before, 0.25), rtol=1e-3, atol=1e-6)
