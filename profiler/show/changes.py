@@ -218,7 +218,8 @@ def _fp32_share(report: MemoryReport) -> float:
     for own in report.activation_dtypes.values():
         for dtype, size in own.items():
             sums[dtype] = sums.get(dtype, 0) + size
-    return sums.get("float32", 0) / sum(sums.values()) if sums else 1.0
+    whole = sum(sums.values())
+    return sums.get("float32", 0) / whole if whole else 1.0
 
 
 # -- waste, and the batch ------------------------------------------------------------------------------------------

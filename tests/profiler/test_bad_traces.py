@@ -93,6 +93,7 @@ def test_what_is_wrong_is_said_with_its_place(place: Any, value: Any, message: s
 @example(made=[(("claims_make_blocks",), True), (("start",), [])])
 @example(made=[(("windows", 0, 1), -5)])
 @example(made=[(("events", 0, 2), -5), (("start", 0, 2), -5)])
+@example(made=[(("events", 0, 3), 0)])
 def test_a_damaged_trace_is_shown_or_refused(made: list[Change], tmp_path: Path) -> None:
     try:
         report = load(damaged(VALID, made), tmp_path)
