@@ -99,13 +99,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     pieces = [piece for piece in plan() if piece.name.startswith(tuple(arguments.only) or "")]
     starting = starts(pieces)
     for index, piece in enumerate(pieces, start=1):
-        started = next(starting)
+        turn = next(starting)
         limit_s = min(piece.limit_s, deadline - time.monotonic() - 3.0)
         begun = time.monotonic()
         if limit_s < 5.0:
             outcome: dict[str, Any] = {"error": "left out: the time for the whole check had run out"}
         else:
-            outcome = started.run(limit_s)
+            outcome = turn.run(limit_s)
         outcome["wall_s"] = round(time.monotonic() - begun, 1)
         if trace := outcome.pop("trace", None):
             outcome["trace_bytes"] = len(trace)
