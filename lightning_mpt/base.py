@@ -124,7 +124,21 @@ def class_in_front(front: type[Any], adopted: type[Any]) -> type[Any]:
     """The class of an adopted optimizer, one for each of the user's. By its name LearningRateMonitor names metrics."""
     # Local by its qualified name too: else LightningCLI would find two classes for `--optimizer Adam`.
     made_here = f"{class_in_front.__qualname__}.<locals>.{adopted.__name__}"
-    return type(adopted.__name__, (front, adopted), {"__qualname__": made_here})
+    bases: tuple[type[Any], ...] = (front, adopted)
+    # An object takes another class only if both have added a __dict__ to the same base: `object`, as the front, or
+    # what comes before Optimizer in `class Theirs(ABC, Optimizer)`.
+    bare = _without_dict(adopted)
+    if bare is not object:
+        bases = (type(bare.__name__, (bare,), {}), *bases)
+    return type(adopted.__name__, bases, {"__qualname__": made_here})
+
+
+def _without_dict(kind: type[Any]) -> type[Any]:
+    """The class that the instances of `kind` are laid out like, but for the attributes that anyone may set."""
+    base = kind.__base__
+    while base is not None and base.__dictoffset__:
+        base = base.__base__
+    return base or object
 
 
 def refuse_sparse(gradients: Sequence[Tensor]) -> None:

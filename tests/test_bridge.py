@@ -1,6 +1,7 @@
 """Any optimizer over FP32 masters: it must do what it would do on FP32 copies with true gradients."""
 
 import copy
+from abc import ABC
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -67,7 +68,7 @@ def step_with(optimizer: Any, params: list[nn.Parameter], step: int, found_inf: 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_it_is_the_optimizer_over_fp32_copies_bit_for_bit(name: str, dtype: torch.dtype) -> None:
     params = parameters(dtype)
-    copies = [nn.Parameter(parameter.detach().float()) for parameter in params]
+    copies = [nn.Parameter(parameter.detach().float().clone()) for parameter in params]
     ours, theirs = bridge(OPTIMIZERS[name](params), MasterWeights()), OPTIMIZERS[name](copies)
     for step in range(10):
         for fp32, gradient in zip(copies, step_with(ours, params, step), strict=True):
@@ -172,3 +173,19 @@ def test_a_weight_written_from_outside_is_where_its_master_goes_on() -> None:
     step_with(optimizer, params, 1)
     assert torch.equal(optimizer.master_params()[0], torch.full((7, 5), 0.25))
     assert torch.equal(params[0], torch.full((7, 5), 0.25, dtype=torch.bfloat16))
+
+
+class AlsoAbstract(ABC, torch.optim.SGD):
+    """As a whole library of optimizers has it: torch's class is not the first."""
+
+
+def test_a_class_of_which_an_optimizer_is_not_the_first_base() -> None:
+    params = parameters()
+    optimizer = AlsoAbstract(params, lr=0.1)
+    bridged = bridge(optimizer, MasterWeights())
+    before = params[0].detach().clone()
+    step_with(bridged, params, 0)
+    assert isinstance(optimizer, AlsoAbstract)
+    assert not torch.equal(params[0], before)
+    bridged.release()
+    assert type(optimizer) is AlsoAbstract
