@@ -161,5 +161,8 @@ def _by_place(gradients: list[Tensor]) -> dict[tuple[torch.device, Layout | None
 
 
 def unwrapped(optimizer: Any) -> Any:
-    """The optimizer inside what the Trainer or Fabric hands to users."""
-    return getattr(optimizer, "optimizer", optimizer)
+    """The optimizer inside what the Trainer or Fabric hands to users: there it is a property.
+
+    One of the user's own may keep another in an attribute of that name, and is itself the optimizer.
+    """
+    return optimizer.optimizer if isinstance(getattr(type(optimizer), "optimizer", None), property) else optimizer

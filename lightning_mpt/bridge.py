@@ -2,14 +2,16 @@
 
 Within `step`, `state_dict` and `load_state_dict` the groups hold FP32 parameters (the masters) with unscaled FP32
 gradients; outside, they hold the module's own half parameters, so that `zero_grad`, schedulers and users see what they
-gave. The cost, beside what the optimizer itself keeps: 4 bytes per parameter for the master, whatever
-`master_weights` says, 4 more for FP32 gradients while it steps, and on CUDA one wait for the device per step, since a
-rule that is not ours cannot be told to change nothing.
+gave. So it is with lists of parameters that the optimizer keeps itself, and with an optimizer inside it.
+
+The cost, beside what the optimizer itself keeps: 4 bytes per parameter for the master, whatever `master_weights` says,
+4 more for FP32 gradients while it steps, and on CUDA one wait for the device per step, since a rule that is not ours
+cannot be told to change nothing.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from torch.optim import LBFGS, Optimizer, SparseAdam
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .base import MasterOptimizer, class_in_front
+from .exchange import Hands
 from .kernels.gradients import true_gradient
 from .masters import MasterWeights
 from .pieces import dense
@@ -35,6 +38,9 @@ class BridgedOptimizer(MasterOptimizer):
         Args:
             closure: runs first, once.
             kwargs: whatever else the optimizer's own `step` takes.
+
+        Raises:
+            RuntimeError: the optimizer wrote to half weights, or wants the loss at other weights than the closure's.
         """
         loss = None
         if closure is not None:
@@ -44,13 +50,30 @@ class BridgedOptimizer(MasterOptimizer):
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and bool(found_inf):
             return loss
-        with self._masters_in_groups(), self._true_gradients(), self._inputs_hidden():
+        with self._masters_in_groups(), self._true_gradients(), self._inputs_hidden(), self._halves_untouched("step"):
+            before = {parameter: _marks(master) for parameter, master in self._masters_of.items()}
             # Some optimizers take no step without a closure. What it does is done: now it only tells the loss.
             # By keyword, as Lightning gives it: the optimizer may take it in no other way.
-            super().step(**({} if closure is None else {"closure": lambda: cast(Any, loss)}), **kwargs)
-        for parameter in self.parameters():
-            if parameter.grad is not None and parameter.dtype in HALF_DTYPES:
+            known = {} if closure is None else {"closure": lambda: self._known_loss(loss, before)}
+            super().step(**known, **kwargs)
+            written = {p for p, (version, _) in before.items() if self._masters_of[p]._version != version}
+        for parameter in self._halves():
+            # Without a gradient it may be decayed or averaged all the same.
+            if before[parameter].gradient is not None or parameter in written:
                 self.masters.publish(parameter)
+        return loss
+
+    def _known_loss(self, loss: Any, before: "dict[Tensor, _Marks]") -> Any:
+        """What the closure gave; RuntimeError where that is out of date."""
+        for parameter, marks in before.items():
+            now = _marks(self._masters_of[parameter])
+            gone = now.gradient is None and marks.gradient is not None
+            if gone or now.version != marks.version:
+                raise RuntimeError(
+                    f"{self._name}.step asks for the loss again after it has changed weights or let go of gradients, "
+                    "and here forward and backward run once: call its parts one by one, if it has methods for them, in "
+                    "manual optimization under 'bf16-true'; or use precision='32-true'."
+                )
         return loss
 
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
@@ -80,19 +103,25 @@ class BridgedOptimizer(MasterOptimizer):
                 continue
             if master.grad is not None:
                 yield "gradients", master.grad, parameter
-            for value in tree_leaves(self.state.get(master)):
+            for value in tree_leaves([state.get(master) for state in self._hands.states()]):
                 if isinstance(value, Tensor):
                     yield "optimizer_state", value, parameter
 
     def release(self) -> None:
         """Be the optimizer again that was adopted; its state belongs to the module's parameters."""
-        for parameter, master in self._masters_of.items():
-            if master is not parameter and master in self.state:
-                self.state[parameter] = self.state.pop(master)
+        for handle in self._guards:
+            handle.remove()
+        hands, masters_of = self._hands, self._masters_of
         self.__class__ = self.__dict__.pop("_adopted_class")
-        del self._masters_of, self.masters, self.masters_in_module
+        del self._masters_of, self.masters, self.masters_in_module, self._hands, self._guards
+        hands.give_back({master: parameter for parameter, master in masters_of.items()})
 
     _adopted_class: type[Optimizer]
+    _hands: Hands
+    _guards: list[Any]
+    """What keeps the optimizers inside from being stepped on their own."""
+    _over_masters: bool = False
+    """Whether masters are in the groups now."""
     _masters_of: dict[Tensor, Tensor]
     """Each parameter's master, as the parameter that the optimizer sees; of a float32 parameter, itself."""
 
@@ -109,16 +138,60 @@ class BridgedOptimizer(MasterOptimizer):
             )  # made anew, from a half weight that someone else had written
         return master
 
+    def _guard(self, inner: Optimizer, *_: Any) -> None:
+        """RuntimeError where an optimizer inside is stepped while it holds half weights."""
+        if not self._over_masters:
+            raise RuntimeError(
+                f"{type(inner).__name__} inside {self._name} was stepped on its own, over half weights: call a method "
+                f"of {self._name} that steps it."
+            )
+
+    @property
+    def _name(self) -> str:
+        return self._adopted_class.__name__
+
+    def _halves(self) -> list[Tensor]:
+        """The half parameters in the groups, of the optimizers inside too."""
+        parameters = [parameter for group in self._hands.groups() for parameter in group["params"]]
+        return [parameter for parameter in parameters if self._masters_of.get(parameter, parameter) is not parameter]
+
     @contextmanager
     def _masters_in_groups(self) -> Iterator[None]:
-        ours = [group["params"] for group in self.param_groups]
-        try:
-            for group in self.param_groups:
-                group["params"] = [self._master_of(parameter) for parameter in group["params"]]
-            yield
-        finally:
-            for group, parameters in zip(self.param_groups, ours, strict=True):
-                group["params"] = parameters
+        """Within it, the masters are where the optimizer holds the half parameters."""
+        with self._hands.holding(self._masters_of, self._master_of):
+            held = [(parameter, master) for parameter, master in self._masters_of.items() if master is not parameter]
+            memory = [local(master).data for _, master in held]
+            self._over_masters = True
+            try:
+                yield
+            finally:
+                del self._over_masters
+                for (parameter, master), stored in zip(held, memory, strict=True):
+                    # By `p.data = ...` an optimizer gives a master other memory: its values go where it is stored.
+                    if local(master).data_ptr() != stored.data_ptr():
+                        stored.copy_(local(master).detach())
+                        replace(master, sharded_like(stored, parameter))
+
+    @contextmanager
+    def _halves_untouched(self, method: str) -> Iterator[None]:
+        """RuntimeError where the half weights, or their gradients, were written to within it.
+
+        Args:
+            method: the name of what the optimizer does there.
+        """
+        before = {p: _marks(p) for p, master in self._masters_of.items() if master is not p}
+        yield
+        for parameter, (version, gradient) in before.items():
+            now = _marks(parameter)
+            if now.version != version or now.gradient not in (None, gradient):
+                what = "weights" if now.version != version else "gradients"
+                raise RuntimeError(
+                    f"{self._name}.{method} wrote to half {what} of the module, first those of shape "
+                    f"{tuple(parameter.shape)}: an optimizer, and a hook on its step, must update the parameters in "
+                    "param_groups, which are FP32 masters meanwhile, and leave forward and backward to the loop. Let "
+                    f"{self._name} take its parameters from self.param_groups whenever it steps; write to the module "
+                    "after the step; or use precision='32-true'."
+                )
 
     @contextmanager
     def _inputs_hidden(self) -> Iterator[None]:
@@ -132,20 +205,36 @@ class BridgedOptimizer(MasterOptimizer):
 
     @contextmanager
     def _true_gradients(self) -> Iterator[None]:
-        """Within it, the masters of parameters with gradients have them unscaled and clipped in FP32."""
+        """Within it, the masters of parameters with gradients have them unscaled and clipped in FP32.
+
+        A gradient that the optimizer lets go of is gone afterwards.
+        """
         scaled = {parameter: parameter.grad for parameter in self._masters_of if parameter.grad is not None}
+        given = set()
         try:
             for parameter, gradient in scaled.items():
                 gradient = dense(local(gradient))
                 out = torch.empty_like(gradient, dtype=torch.float32)
                 transform = self._gradient_transform(gradient.device)
                 self._masters_of[parameter].grad = sharded_like(true_gradient(gradient, transform, out), parameter)
+                given.add(parameter)
             yield
         finally:
-            for parameter in scaled:
-                self._masters_of[parameter].grad = None
-            for parameter, gradient in scaled.items():
-                parameter.grad = gradient
+            for parameter, master in self._masters_of.items():
+                left, master.grad = master.grad, None
+                if parameter in scaled:
+                    parameter.grad = None if left is None and parameter in given else scaled[parameter]
+
+
+class _Marks(NamedTuple):
+    """What changes where somebody writes to a parameter or its gradient."""
+
+    version: int
+    gradient: int | None
+
+
+def _marks(parameter: Tensor) -> _Marks:
+    return _Marks(parameter._version, None if parameter.grad is None else parameter.grad._version)
 
 
 def bridge(optimizer: Optimizer, masters: MasterWeights) -> BridgedOptimizer:
@@ -156,17 +245,19 @@ def bridge(optimizer: Optimizer, masters: MasterWeights) -> BridgedOptimizer:
         masters: the masters of its parameters.
     """
     optimizer.__dict__.pop("step", None)  # the tracker of an LRScheduler, bound to the old class
-    adopted = type(optimizer)
+    adopted, hands = type(optimizer), Hands(optimizer)
     bridged = cast(BridgedOptimizer, optimizer)
     bridged.__class__ = class_in_front(BridgedOptimizer, adopted)  # type: ignore[arg-type]
     bridged._adopted_class = adopted
     bridged.masters, bridged.masters_in_module, bridged._masters_of = masters, True, {}
+    bridged._hands, bridged._guards = hands, []
     with bridged._masters_in_groups():
         for parameter, master in bridged._masters_of.items():
-            if master is not parameter and parameter in bridged.state:
-                # Adagrad makes its state at once, like the parameter: half.
-                state = bridged.state.pop(parameter)
-                bridged.state[master] = tree_map(half_to_fp32, state)
+            for state in hands.states():
+                if master is not parameter and parameter in state:
+                    # Adagrad makes its state at once, like the parameter: half.
+                    state[master] = tree_map(half_to_fp32, state.pop(parameter))
+    bridged._guards = [inner.register_step_pre_hook(bridged._guard) for inner in hands.optimizers[1:]]
     return bridged
 
 
