@@ -2,7 +2,9 @@
 
 Within `step`, `state_dict` and `load_state_dict` the groups hold FP32 parameters (the masters) with unscaled FP32
 gradients; outside, they hold the module's own half parameters, so that `zero_grad`, schedulers and users see what they
-gave. So it is with lists of parameters that the optimizer keeps itself, and with an optimizer inside it.
+gave. So it is with lists of parameters that the optimizer keeps itself, and with an optimizer inside it. Public methods
+that it has beside `step` (`train` and `eval` of schedule-free optimizers, SAM's `first_step`) run over the masters as
+well, and the half weights then become their rounding.
 
 The cost, beside what the optimizer itself keeps: 4 bytes per parameter for the master, whatever `master_weights` says,
 4 more for FP32 gradients while it steps, and on CUDA one wait for the device per step, since a rule that is not ours
@@ -10,7 +12,9 @@ cannot be told to change nothing.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import cache, wraps
+from inspect import isgeneratorfunction, unwrap
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,10 +22,12 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer, SparseAdam
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .base import MasterOptimizer, class_in_front
-from .exchange import Hands
+from .base import MasterOptimizer, class_in_front, unwrapped
+from .exchange import Hands, exchanged
 from .kernels.gradients import true_gradient
 from .masters import MasterWeights
+from .numerics import default_dtype
+from .own_methods import own_methods, reads_gradients
 from .pieces import dense
 from .shards import local, replace, sharded_like
 from .storage import HALF_DTYPES, half_to_fp32, master_storage
@@ -42,6 +48,8 @@ class BridgedOptimizer(MasterOptimizer):
         Raises:
             RuntimeError: the optimizer wrote to half weights, or wants the loss at other weights than the closure's.
         """
+        if self._over_masters:  # called by a method of the optimizer's own
+            return super().step(**({} if closure is None else {"closure": closure}), **kwargs)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -114,12 +122,15 @@ class BridgedOptimizer(MasterOptimizer):
         hands, masters_of = self._hands, self._masters_of
         self.__class__ = self.__dict__.pop("_adopted_class")
         del self._masters_of, self.masters, self.masters_in_module, self._hands, self._guards
+        del self._loss_scaled, self._clip_noted
         hands.give_back({master: parameter for parameter, master in masters_of.items()})
 
     _adopted_class: type[Optimizer]
     _hands: Hands
     _guards: list[Any]
     """What keeps the optimizers inside from being stepped on their own."""
+    _loss_scaled: bool
+    _clip_noted: Callable[[], bool]
     _over_masters: bool = False
     """Whether masters are in the groups now."""
     _masters_of: dict[Tensor, Tensor]
@@ -193,6 +204,48 @@ class BridgedOptimizer(MasterOptimizer):
                     "after the step; or use precision='32-true'."
                 )
 
+    def _run_over_masters(self, run: Callable[..., Any], method: str, reads: bool, /, *args: Any, **kwargs: Any) -> Any:
+        """Call a method of the optimizer's own over the masters; then the half weights become their rounding.
+
+        Args:
+            run: the method, or a part of it.
+            method: its name.
+            reads: whether it reads gradients. It is given true ones, and what it makes of them holds.
+            args: of the method; half parameters among them are exchanged.
+            kwargs: the same.
+
+        Raises:
+            RuntimeError: it reads gradients, and they are scaled or still to be clipped; or it wrote to half weights.
+        """
+        if self._over_masters:
+            return run(*args, **kwargs)
+        if reads and self._loss_scaled:
+            raise RuntimeError(
+                f"{self._name}.{method} reads gradients outside of step, where they are multiplied by the loss scale "
+                "and nothing tells whether they are finite: use 'bf16-true', loss_scale=None, or precision='32-true'."
+            )
+        if reads and self._clip_noted():
+            raise RuntimeError(
+                f"{self._name}.{method} reads gradients outside of step, and clipping is noted for the step alone: "
+                "clip them yourself, by torch.nn.utils.clip_grad_norm_ within the plugin's true_gradients()."
+            )
+        gradients: AbstractContextManager[None] = self._true_gradients(kept=True) if reads else nullcontext()
+        # In manual optimization this may be within the training step, where the default is half.
+        with default_dtype(torch.float32), self._masters_in_groups(), gradients, self._halves_untouched(method):
+            args, kwargs = exchanged((args, kwargs), self._masters_of)
+            result = run(*args, **kwargs)
+        for parameter in self._halves():
+            self.masters.publish(parameter, always=False)
+        return exchanged(result, {master: parameter for parameter, master in self._masters_of.items()})
+
+    @contextmanager
+    def _entered_over_masters(self, context: Any, method: str, reads: bool) -> Iterator[Any]:
+        """A context that the optimizer gives, such as one with averaged weights: what it does is over the masters."""
+        value = self._run_over_masters(context.__enter__, method, reads)
+        with ExitStack() as stack:
+            stack.push(lambda *error: self._run_over_masters(context.__exit__, method, reads, *error))
+            yield value
+
     @contextmanager
     def _inputs_hidden(self) -> Iterator[None]:
         """Within it, no attribute says that gradients are scaled: the optimizer might divide once more, or refuse."""
@@ -204,10 +257,13 @@ class BridgedOptimizer(MasterOptimizer):
             self.__dict__.update(hidden)
 
     @contextmanager
-    def _true_gradients(self) -> Iterator[None]:
+    def _true_gradients(self, *, kept: bool = False) -> Iterator[None]:
         """Within it, the masters of parameters with gradients have them unscaled and clipped in FP32.
 
         A gradient that the optimizer lets go of is gone afterwards.
+
+        Args:
+            kept: whether the parameters' gradients become what the masters' are then; else they stay as they are.
         """
         scaled = {parameter: parameter.grad for parameter in self._masters_of if parameter.grad is not None}
         given = set()
@@ -223,7 +279,11 @@ class BridgedOptimizer(MasterOptimizer):
             for parameter, master in self._masters_of.items():
                 left, master.grad = master.grad, None
                 if parameter in scaled:
+                    if kept and left is not None:
+                        scaled[parameter].copy_(left.detach())
                     parameter.grad = None if left is None and parameter in given else scaled[parameter]
+                elif kept and left is not None:
+                    parameter.grad = left.to(parameter.grad_dtype or left.dtype)
 
 
 class _Marks(NamedTuple):
@@ -237,20 +297,55 @@ def _marks(parameter: Tensor) -> _Marks:
     return _Marks(parameter._version, None if parameter.grad is None else parameter.grad._version)
 
 
-def bridge(optimizer: Optimizer, masters: MasterWeights) -> BridgedOptimizer:
+@cache
+def _class_over_masters(adopted: type[Any]) -> type[Any]:
+    """The class of a bridged optimizer, whose own methods run over the masters."""
+    made = class_in_front(BridgedOptimizer, adopted)  # type: ignore[arg-type]
+    for name, method in own_methods(adopted).items():
+        if not hasattr(BridgedOptimizer, name):
+            setattr(made, name, _over_masters(name, method, reads_gradients(adopted, method)))
+    return made
+
+
+def _over_masters(name: str, method: Callable[..., Any], reads: bool) -> Callable[..., Any]:
+    gives_context = isgeneratorfunction(unwrap(method))
+
+    @wraps(method)
+    def run(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+        optimizer = unwrapped(self)
+        if not isinstance(optimizer, BridgedOptimizer):  # let go since
+            return method(optimizer, *args, **kwargs)
+        result = optimizer._run_over_masters(method.__get__(optimizer), name, reads, *args, **kwargs)
+        if gives_context and isinstance(result, AbstractContextManager):
+            return optimizer._entered_over_masters(result, name, reads)
+        return result
+
+    return run
+
+
+def bridge(
+    optimizer: Optimizer,
+    masters: MasterWeights,
+    *,
+    loss_scaled: bool = False,
+    clip_noted: Callable[[], bool] = lambda: False,
+) -> BridgedOptimizer:
     """Make this very optimizer object step FP32 masters, until `release`.
 
     Args:
         optimizer: any optimizer whose `step` needs no closure and takes dense gradients.
         masters: the masters of its parameters.
+        loss_scaled: whether gradients are multiplied by a loss scale before `step` is told of it.
+        clip_noted: tells whether its next `step` is to clip them.
     """
     optimizer.__dict__.pop("step", None)  # the tracker of an LRScheduler, bound to the old class
     adopted, hands = type(optimizer), Hands(optimizer)
     bridged = cast(BridgedOptimizer, optimizer)
-    bridged.__class__ = class_in_front(BridgedOptimizer, adopted)  # type: ignore[arg-type]
+    bridged.__class__ = _class_over_masters(adopted)  # type: ignore[arg-type]
     bridged._adopted_class = adopted
     bridged.masters, bridged.masters_in_module, bridged._masters_of = masters, True, {}
     bridged._hands, bridged._guards = hands, []
+    bridged._loss_scaled, bridged._clip_noted = loss_scaled, clip_noted
     with bridged._masters_in_groups():
         for parameter, master in bridged._masters_of.items():
             for state in hands.states():

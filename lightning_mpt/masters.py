@@ -121,11 +121,22 @@ class MasterWeights:
                 seen.copy_(local(parameter).detach())
 
     @torch.no_grad()
-    def publish(self, parameter: Tensor) -> None:
-        """Round a master that is stored in FP32, and was updated there, into the half weight."""
+    def publish(self, parameter: Tensor, *, always: bool = True) -> None:
+        """Round a master that is stored in FP32, and was updated there, into the half weight.
+
+        Args:
+            parameter: the half parameter.
+            always: also where the weight is its rounding already. Else it is not written to then, so that autograd
+                need not know; finding that out waits for the device.
+        """
         held = local(parameter)
         weight = dense(held)
-        _round(ordered_like(self._entries[parameter].stored, weight), weight)
+        half = weight if always else torch.empty_like(weight)
+        _round(ordered_like(self._entries[parameter].stored, weight), half)
+        if not always:
+            if torch.equal(half, weight):
+                return
+            weight.copy_(half)
         if weight is not held:
             held.copy_(weight)
         self.stepped([parameter])

@@ -10,6 +10,7 @@ let go           the module is FP32 again, and everything global is what it was
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -172,7 +173,11 @@ class MasterWeightPipeline:
                 MasterAdamW.adopt(optimizer, self._masters, self._master_weights, self._optimizer_state)
             )
         else:
-            self._adopted.append(bridge(optimizer, self._masters))
+            noted = partial(self._is_clip_noted, optimizer)
+            self._adopted.append(bridge(optimizer, self._masters, loss_scaled=self._scaled_loss, clip_noted=noted))
+
+    def _is_clip_noted(self, optimizer: Optimizer) -> bool:
+        return optimizer in self._clips
 
     def _let_go(self) -> None:
         """Schedules, optimizers and modules are again what they were, with what they have learnt, in FP32."""
