@@ -1,6 +1,6 @@
 """What every optimizer over master weights can do, whatever its rule: `MasterAdamW` and the bridge build on it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -40,6 +40,8 @@ class MasterOptimizer(Optimizer):
     found_inf: Tensor
     clip_value: float | None
 
+    stepper: Callable[[Any], bool] | None = None
+    """Of one that a plugin has adopted: what scans, unscales and steps it, or skips. False where it leaves that be."""
     masters: MasterWeights
     masters_in_module: bool = False
     """Whether the module's own state_dict holds the masters, so that the optimizer's need not."""
@@ -51,6 +53,12 @@ class MasterOptimizer(Optimizer):
     def parameters(self) -> Iterator[Tensor]:
         """The parameters of all groups, in order."""
         return (parameter for group in self.param_groups for parameter in group["params"])
+
+    def _stepped_by_plugin(self) -> bool:
+        """Let the plugin take a step that was called past it: it knows the loss scale. False where this is its call."""
+        if self.stepper is None or "grad_scale" in self.__dict__ or next(self.parameters(), None) is None:
+            return False
+        return self.stepper(self)
 
     def scan_gradients(self, *, norm: bool) -> Scan:
         """Look once at all gradients, as they are. What is found is on the device of the first one.

@@ -55,6 +55,8 @@ class BridgedOptimizer(MasterOptimizer):
             with torch.enable_grad():
                 loss = closure()
         self._opt_called = True  # asked by LRScheduler, for its advice on the order of calls
+        if self._stepped_by_plugin():
+            return loss
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and bool(found_inf):
             return loss
@@ -123,6 +125,7 @@ class BridgedOptimizer(MasterOptimizer):
         self.__class__ = self.__dict__.pop("_adopted_class")
         del self._masters_of, self.masters, self.masters_in_module, self._hands, self._guards
         del self._loss_scaled, self._clip_noted
+        self.__dict__.pop("stepper", None)
         hands.give_back({master: parameter for parameter, master in masters_of.items()})
 
     _adopted_class: type[Optimizer]

@@ -8,6 +8,7 @@ and a part that is copied or pickled in training takes the FP32 values of its ow
 import copy
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -102,6 +103,17 @@ class FP32Values:
                 if name.startswith(prefix) and is_half(value):
                     state_dict[name] = value.float()
 
+    def widen(self, collected: Any) -> None:
+        """Put FP32 values where somebody collected half weights by their names, as for a file of adapters alone."""
+        if not isinstance(collected, dict) or not any(map(is_half, collected.values())):
+            return
+        for parameter, name in self.names.items():
+            value = collected.get(name)
+            if not isinstance(value, Tensor) or not is_half(value) or value.shape != parameter.shape:
+                continue
+            if torch.equal(value.to(parameter.device), parameter):
+                collected[name] = self._decode(parameter)
+
     def _decode(self, parameter: Tensor) -> Tensor:
         """The parameter's FP32 value; of a tied one the same tensor again, as in any state_dict, while it is in use."""
         version, reference = self._decoded.get(parameter, (None, None))
@@ -130,14 +142,27 @@ class FP32Values:
                 value = self._loading.pop(parameter)
                 self._masters.write(parameter, value.to(parameter.device, torch.float32, copy=True))
 
-    def reload(self, state_dict: dict[str, Any]) -> None:
-        """Give the masters of what was loaded in half the FP32 values of that file: whole tensors, by their names."""
-        for parameter, name in self.names.items():
-            if name in self.loaded_in_half and name in state_dict:
-                value = share(state_dict[name].float(), parameter)
+    def reload(self, path: str | Path | None, name: str | None) -> bool:
+        """Give the masters of what was loaded in half the FP32 values of the file: whole tensors, by their names.
+
+        Args:
+            path: the file, if there was one.
+            name: of the module's state_dict in the file; None where that is all there is.
+
+        Returns:
+            Whether it was read.
+        """
+        if not self.loaded_in_half or path is None or not Path(path).is_file():
+            return False
+        file = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        state_dict = file if name is None else file[name]
+        for parameter, of_parameter in self.names.items():
+            if of_parameter in self.loaded_in_half and of_parameter in state_dict:
+                value = share(state_dict[of_parameter].float(), parameter)
                 self._masters.drop(parameter)  # and that somebody else wrote to it, since that was torch, loading
                 self._masters.write(parameter, value.to(parameter.device, copy=True), PLAIN)
-                self.loaded_in_half.discard(name)
+                self.loaded_in_half.discard(of_parameter)
+        return True
 
     # -- copies -------------------------------------------------------------------------------------------------
 

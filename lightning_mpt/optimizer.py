@@ -114,7 +114,7 @@ class MasterAdamW(MasterOptimizer, AdamW):
         """Be the optimizer again that was adopted."""
         for parameter, state in self.state.items():
             self.state[parameter] = self._state_outside(parameter, state)
-        for name in ("_kernels", "_ready"):
+        for name in ("_kernels", "_ready", "stepper"):
             self.__dict__.pop(name, None)
         self.__class__ = self.__dict__.pop("_adopted_class")
         del self.storage, self.moments, self.masters, self.masters_in_module
@@ -141,6 +141,8 @@ class MasterAdamW(MasterOptimizer, AdamW):
             with torch.enable_grad():
                 loss = closure()
         self._opt_called = True  # asked by LRScheduler, for its advice on the order of calls
+        if self._stepped_by_plugin():
+            return loss
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             devices = dict.fromkeys(map(DEVICE, parameters))

@@ -78,9 +78,8 @@ class MasterWeightPipeline:
         self._dtype = DTYPES[precision]
         self._loss_scale = make_loss_scale(loss_scale, self._dtype)
         self._scaled_loss = not isinstance(self._loss_scale, ConstantLossScale) or self.loss_scale != 1.0
-        """Whether there is a loss scale at all."""
         self._went_backward = False
-        """Whether a loss was scaled since training started: by `manual_backward`, `fabric.backward`, the Trainer."""
+        """Whether a loss was scaled since training started."""
         self._gradients_scale = self._loss_scale.scale
         """The loss scale of the last backward: with several optimizers, the first one's step may change the scale."""
         self._master_weights = master_storage(master_weights).name
@@ -168,16 +167,21 @@ class MasterWeightPipeline:
 
     def _adopt(self, optimizer: Optimizer) -> None:
         """Make this very optimizer step FP32 masters, until `_let_go`."""
+        adopted: MasterAdamW | BridgedOptimizer
         if type(optimizer) in (Adam, AdamW):
-            self._adopted.append(
-                MasterAdamW.adopt(optimizer, self._masters, self._master_weights, self._optimizer_state)
-            )
+            adopted = MasterAdamW.adopt(optimizer, self._masters, self._master_weights, self._optimizer_state)
         else:
-            noted = partial(self._is_clip_noted, optimizer)
-            self._adopted.append(bridge(optimizer, self._masters, loss_scaled=self._scaled_loss, clip_noted=noted))
+            clip_noted = partial(self._clips.__contains__, optimizer)
+            adopted = bridge(optimizer, self._masters, loss_scaled=self._scaled_loss, clip_noted=clip_noted)
+        adopted.stepper = self._step_alone
+        self._adopted.append(adopted)
 
-    def _is_clip_noted(self, optimizer: Optimizer) -> bool:
-        return optimizer in self._clips
+    def _step_alone(self, optimizer: MasterAdamW | BridgedOptimizer) -> bool:
+        if not self._went_backward:  # torch makes the state by a step over zeros, before it loads one
+            return False
+        with default_dtype(torch.float32):  # this may be within a training step, where it is half
+            self._update(optimizer, self._clips.pop(optimizer, None))
+        return True
 
     def _let_go(self) -> None:
         """Schedules, optimizers and modules are again what they were, with what they have learnt, in FP32."""
@@ -380,16 +384,8 @@ class MasterWeightPipeline:
                     self._masters.expect_writes(parameter)
 
     def _reload(self, converted: ConvertedModule, path: str | Path | None, name: str | None) -> None:
-        """Where torch has loaded a file into half parameters alone, give the masters the FP32 values that it holds.
-
-        Args:
-            converted: the module.
-            path: the file.
-            name: of the module's state_dict in the file; None where that is all there is.
-        """
-        if converted.values.loaded_in_half and path is not None and Path(path).is_file():
-            file = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            converted.values.reload(file if name is None else file[name])
+        """Where torch has loaded a file into half parameters alone, give the masters the FP32 values that it holds."""
+        if converted.values.reload(path, name):
             self._expect_writes()
         if converted.values.loaded_in_half:
             rank_zero_warn(

@@ -8,7 +8,7 @@ teardown         the module is FP32 again, and everything global is what it was
 """
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loops.optimization.automatic import Closure
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from .arguments import flag
 from .base import Scan, unwrapped
 from .bridge import BridgedOptimizer, refuse_unfit
 from .callbacks import AveragedMasters, LogMetrics, ReloadMasters, name_file
+from .conversion import ConvertedModule
 from .loss_scale import ConstantLossScale, DynamicLossScale
 from .numerics import default_dtype
 from .optimizer import MasterAdamW
@@ -94,6 +96,7 @@ class MasterWeightPrecision(MasterWeightPipeline, Precision):
         self._release: GradientRelease | None = None
         self._reloads, self._metrics = ReloadMasters(self._reload_masters), LogMetrics(self._skips)
         self._averages = AveragedMasters()
+        self._saves: Strategy | None = None
         self._shows_true_gradients = False
         self._old_gradients_wanted = True
 
@@ -123,6 +126,18 @@ class MasterWeightPrecision(MasterWeightPipeline, Precision):
             self._went_backward |= bool(assigned)
         finally:
             self._shows_true_gradients = False
+
+    @contextmanager
+    def fp32_values(self) -> Generator[None, None, None]:
+        """Within it, the module that is trained has FP32 parameters and buffers, other tensors, only to be read.
+
+        For what looks at types beside `state_dict`, as an export does: `with plugin.fp32_values():
+        self.model.save_pretrained(path)`. It takes 4 bytes a parameter on the device until the end of the block.
+        """
+        with ExitStack() as stack:
+            for converted in self._converted:
+                stack.enter_context(converted.fp32_values(write=False))
+            yield
 
     @override
     def convert_module(self, module: nn.Module) -> nn.Module:
@@ -175,6 +190,9 @@ class MasterWeightPrecision(MasterWeightPipeline, Precision):
     def teardown(self) -> None:
         """Undo all of the above. The Trainer calls this when it is done, also after an exception."""
         self._averages.release()
+        if self._saves is not None:
+            self._saves.__dict__.pop("save_checkpoint", None)
+            self._saves = None
         if self._release is not None:
             self._release.remove()
             self._release = None
@@ -227,11 +245,23 @@ class MasterWeightPrecision(MasterWeightPipeline, Precision):
         callbacks: list[pl.Callback] = module.trainer.callbacks  # type: ignore[attr-defined]
         self._averages.attach(callbacks, converted.fp32_values)
         if self._adopted:
+            self._save_in_fp32(module.trainer.strategy, converted)
             self._reloads.attach(callbacks)
             if not module.trainer.barebones:  # nothing is logged there
                 callbacks.append(self._metrics)
         self._old_gradients_wanted = _wants_old_gradients(module, callbacks)
         self._hold(module, lr_schedulers)
+
+    def _save_in_fp32(self, strategy: Strategy, converted: ConvertedModule) -> None:
+        """What the module's `on_save_checkpoint` has collected from its parameters is FP32 in the file too."""
+        save = strategy.save_checkpoint
+
+        def save_checkpoint(checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+            converted.values.widen(checkpoint.get("state_dict"))
+            save(checkpoint, *args, **kwargs)
+
+        strategy.save_checkpoint = save_checkpoint  # type: ignore[method-assign]
+        self._saves = strategy
 
     def _hold(self, module: pl.LightningModule, lr_schedulers: list[Any]) -> None:
         """Schedules that the Trainer steps wait for skipped steps."""

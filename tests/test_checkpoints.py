@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
-from training import Classifier, adamw, classification, fit, loader, trainer
+from training import Classifier, adamw, classification, fit, loader, mlp, trainer
 
 from lightning_mpt import PRESETS, DynamicLossScale, MasterWeightPrecision
 from lightning_mpt.storage import MASTER_STORAGES, MOMENT_STORAGES
@@ -289,3 +289,32 @@ def test_a_lower_scale_than_is_allowed_now_is_raised_to_that(tmp_path: Path) -> 
     ours = trainer(plugin, max_epochs=2)
     ours.fit(Model(), loader(classification(4)), ckpt_path=path, weights_only=True)
     assert plugin.loss_scale == 64.0
+
+
+@pytest.mark.parametrize("precision", ["16-true", "bf16-true"])
+def test_a_file_of_some_parameters_alone_is_fp32_and_resumes_bit_for_bit(precision: Any, tmp_path: Path) -> None:
+    class Adapters(Classifier):
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            held = {name: p.detach().clone() for name, p in self.named_parameters() if p.requires_grad}
+            checkpoint["state_dict"] = {**held, "of_ones_own": torch.ones(2, dtype=torch.float16)}
+
+    class Saves(L.Callback):
+        def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+            if trainer.current_epoch == 0:
+                trainer.save_checkpoint(tmp_path / "some.ckpt")
+
+    def run(**options: Any) -> Any:
+        net = mlp()
+        net[0].requires_grad_(False)
+        module = Adapters(net)
+        module.strict_loading = False
+        ours = trainer(MasterWeightPrecision(precision), max_epochs=2, callbacks=[Saves()])
+        ours.fit(module, loader(classification(4)), **options)
+        assert "save_checkpoint" not in vars(ours.strategy)
+        return module.state_dict()
+
+    whole = run()
+    saved = torch.load(tmp_path / "some.ckpt", weights_only=True)["state_dict"]
+    assert saved.pop("of_ones_own").dtype == torch.float16
+    assert {value.dtype for value in saved.values()} == {torch.float32}
+    torch.testing.assert_close(run(ckpt_path=tmp_path / "some.ckpt"), whole, rtol=0, atol=0)

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_mpt import MasterWeightPrecision
 from lightning_mpt.conversion import ConvertedModule
@@ -125,3 +127,27 @@ def test_what_is_added_in_training_is_fp32_in_files_and_after_fit(precision: Any
     assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} == {torch.float32}
     assert not any(part._state_dict_hooks or part._load_state_dict_pre_hooks for part in module.modules())
     assert module.teacher(classification(1)[0][0]).dtype == torch.float32
+
+
+def test_an_export_in_training_is_fp32(tmp_path: Path) -> None:
+    class Exports(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.model = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_positions=8, n_embd=8, n_layer=1, n_head=1))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.model(batch[0], labels=batch[0]).loss
+
+        def on_train_epoch_end(self) -> None:
+            with self.trainer.precision_plugin.fp32_values():  # type: ignore[attr-defined]
+                self.model.save_pretrained(tmp_path)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+    module = Exports()
+    fit(module, [(torch.arange(8)[None],)] * 3, MasterWeightPrecision("bf16-true"))
+    loaded = GPT2LMHeadModel.from_pretrained(tmp_path)
+    assert loaded.dtype == torch.float32
+    assert_same(dict(loaded.state_dict()), dict(module.model.state_dict()))

@@ -74,3 +74,40 @@ def test_gradients_are_half_where_nothing_accumulates() -> None:
     for accumulated in (2, 1):
         fit(Looks(mlp()), classification(6), MasterWeightPrecision("bf16-true"), accumulate_grad_batches=accumulated)
     assert dtypes == [{torch.bfloat16}, {torch.float32}] * 3 + [{torch.bfloat16}] * 6
+
+
+class ByHand(Classifier):
+    """Steps what it is told to."""
+
+    def __init__(self, kind: Any, which: str) -> None:
+        super().__init__(mlp(), lambda module: kind(module.parameters(), lr=0.01))
+        self.automatic_optimization = False
+        self._which = which
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizers: dict[str, Any] = {
+            "lightning's": self.optimizers(),
+            "plain": self.optimizers(use_pl_optimizer=False),
+            "the Trainer's": self.trainer.optimizers[0],
+        }
+        optimizer = optimizers[self._which]
+        optimizer.zero_grad()
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        self.losses.append(loss.item())
+        self.manual_backward(loss)
+        self.clip_gradients(optimizer, gradient_clip_val=0.5, gradient_clip_algorithm="norm")
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("precision", ["16-true", "bf16-true"])
+def test_a_step_past_lightning_is_the_same_step(precision: Any, kind: Any) -> None:
+    ends = []
+    for which in ("lightning's", "plain", "the Trainer's"):
+        plugin = MasterWeightPrecision(precision)
+        module = ByHand(kind, which)
+        fit(module, classification(6), plugin)
+        ends.append((module.losses, plugin.skipped_steps, plugin.grad_norm, list(module.parameters())))
+    for end in ends[1:]:
+        assert end[:3] == ends[0][:3]
+        torch.testing.assert_close(end[3], ends[0][3], rtol=0, atol=0)
