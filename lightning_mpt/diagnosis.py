@@ -153,7 +153,7 @@ def _broken(parameter: Tensor, released: Mapping[Tensor, Tensor] | None) -> bool
 def _finite(tensor: Tensor) -> bool:
     """Whether all is finite; of a sharded tensor, all that this process holds: others may not be asking."""
     held = local(tensor).detach()
-    if held.numel() == 0 or not held.is_floating_point():
+    if held.numel() == 0 or not held.is_floating_point() or held.itemsize == 1:  # float8 is not trained
         return True
     return all(math.isfinite(bound.item()) for bound in torch.aminmax(held))  # makes no copy, and NaN is both
 

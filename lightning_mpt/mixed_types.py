@@ -72,22 +72,18 @@ def _as_written(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 def _half_beside_fp32(values: Sequence[Any]) -> torch.dtype | None:
     """The half type among these tensors, and lists of such, where FP32 is among them too."""
-    half = fp32 = None
+    dtypes = {value.dtype for value in values if isinstance(value, Tensor)}
     for value in values:
-        for one in value if isinstance(value, list | tuple) else (value,):
-            if isinstance(one, Tensor):
-                if one.dtype == torch.float32:
-                    fp32 = one.dtype
-                elif one.dtype in HALF_DTYPES:
-                    half = one.dtype
-    return half if fp32 is not None else None
+        if isinstance(value, list | tuple):
+            dtypes.update(one.dtype for one in value if isinstance(one, Tensor))
+    if torch.float32 not in dtypes:
+        return None
+    return next((dtype for dtype in HALF_DTYPES if dtype in dtypes), None)
 
 
 def _as(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, list | tuple):
-        return (
-            [_as(one, dtype) for one in value] if isinstance(value, list) else tuple(_as(one, dtype) for one in value)
-        )
+        return type(value)([_as(one, dtype) for one in value])
     return value.to(dtype) if isinstance(value, Tensor) and value.dtype in FLOATS else value
 
 
