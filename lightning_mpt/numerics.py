@@ -1,8 +1,9 @@
 """FP32 where the paper wants it, inside a half-precision forward and backward: what torch can be told by switches.
 
 Products are half, sums are FP32 (Micikevicius et al., arXiv 1710.03740, section 3.3). Kernels of softmax and of norms
-take half and return half, and compute in FP32 in between: torch does so by itself. Matrix products add up in FP32
-unless a global switch lets them do otherwise. What functions must be given FP32 is in `fp32_functions.py`.
+take half and return half, and compute in FP32 in between: torch does so by itself. (On a CPU, LayerNorm keeps 1 / std
+for backward in its input's type: with eps=1e-12, a constant row makes that inf in float16.) Matrix products add up in
+FP32 unless a global switch lets them do otherwise. What functions must be given FP32 is in `fp32_functions.py`.
 """
 
 from collections.abc import Iterator
