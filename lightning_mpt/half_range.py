@@ -5,7 +5,6 @@ where it was to keep a divisor or a logarithm from zero: it becomes the smallest
 """
 
 import math
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +15,9 @@ from .storage import HALF_DTYPES
 from .torch_functions import Function, Way, named
 
 FILLS = named(
-    "masked_fill masked_fill_ fill_ full full_like new_full index_fill index_fill_ clamp clamp_ clamp_min clamp_min_ "
-    "clamp_max clamp_max_ where"
-) | {F.pad}
+    "masked_fill masked_fill_ fill_ full full_like new_full index_fill index_fill_ fill_diagonal_ clamp clamp_ "
+    "clamp_min clamp_min_ clamp_max clamp_max_ clip clip_ where"
+) | {F.pad, F.threshold, F.hardtanh, torch._C._nn.pad_sequence}
 """What writes a number of the caller's into a tensor, and ends in an error where half does not reach so far."""
 
 OFFSETS = named("add add_")
@@ -38,17 +37,17 @@ def _saturated(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     """What `func` gives, with the numbers that it was given inside the range of the half type that it writes."""
     dtype = kwargs.get("dtype") or _written_dtype([*args, *kwargs.values()])
     if dtype in HALF_DTYPES:
-        within = partial(_in_range, dtype=dtype)
-        args, kwargs = tuple(map(within, args)), {name: within(value) for name, value in kwargs.items()}
+        args, kwargs = all_in_range(args, kwargs, dtype)
     return func(*args, **kwargs)
 
 
 def _written_dtype(values: list[Any]) -> torch.dtype:
     """That of the tensor that is filled, or chosen from. Where there are none but masks, the numbers say it."""
-    dtypes = [value.dtype for value in values if isinstance(value, Tensor) and value.dtype != torch.bool]
-    if not dtypes:
+    tensors = [value for value in values if isinstance(value, Tensor) and value.dtype != torch.bool]
+    if not tensors:
         return torch.get_default_dtype() if any(isinstance(value, float) for value in values) else torch.int64
-    return next((dtype for dtype in dtypes if dtype.is_floating_point), dtypes[0])
+    tensors.sort(key=lambda tensor: (tensor.dim() == 0, not tensor.is_floating_point()))
+    return tensors[0].dtype
 
 
 def _offset(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -66,8 +65,20 @@ def _floored(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     return func(*args[:3], **{**kwargs, "eps": max(eps, torch.finfo(dtype).smallest_normal)})
 
 
+def all_in_range(
+    args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call's arguments, with their numbers in the range of `dtype`."""
+    return tuple(_in_range(one, dtype) for one in args), {name: _in_range(one, dtype) for name, one in kwargs.items()}
+
+
 def _in_range(value: Any, dtype: torch.dtype) -> Any:
-    """`value`, or, where it is a number that `dtype` does not reach, the nearest that it does and that is not zero."""
+    """`value`, or, where it is a number that `dtype` does not reach, the nearest that it does and that is not zero.
+
+    A number may be an FP32 tensor without dimensions.
+    """
+    if isinstance(value, Tensor):
+        return saturated(value, dtype) if value.dim() == 0 and value.dtype == torch.float32 else value
     if not isinstance(value, int | float):
         return value
     limit = torch.finfo(dtype).max

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .half_range import saturated
+from .half_range import all_in_range, saturated
 from .storage import HALF_DTYPES
 from .torch_functions import Function, Way, named
 
@@ -29,10 +29,13 @@ PRODUCTS: frozenset[Any] = frozenset(
 ATTENTION: tuple[Function, ...] = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
 """The same of queries, keys and values, the first three. The mask of scaled dot products may be FP32 beside them."""
 
-WRITES: frozenset[Any] = named(
-    "index_add index_add_ index_copy index_copy_ index_put index_put_ scatter scatter_ scatter_add scatter_add_ "
-    "scatter_reduce scatter_reduce_ masked_scatter masked_scatter_ lerp lerp_"
-) | {Tensor.__setitem__}
+ASSIGNMENTS = named("scatter scatter_") | {Tensor.__setitem__}
+"""What may write a number."""
+
+WRITES: frozenset[Any] = ASSIGNMENTS | named(
+    "index_add index_add_ index_copy index_copy_ index_put index_put_ scatter_add scatter_add_ scatter_reduce "
+    "scatter_reduce_ masked_scatter masked_scatter_ lerp lerp_"
+)
 """What writes tensors into the first one, whose type they must have."""
 
 TO_NUMPY: tuple[Function, ...] = (Tensor.numpy, Tensor.__array__)
@@ -42,7 +45,7 @@ TO_NUMPY: tuple[Function, ...] = (Tensor.numpy, Tensor.__array__)
 def _in_half(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A product of FP32 and half tensors, which torch refuses: as under autocast, it is one of half ones."""
     half = _half_beside_fp32([*args, *kwargs.values()])
-    if half is None:
+    if half is None or kwargs.get("out") is not None:  # that keeps its type
         return func(*args, **kwargs)
     narrowed = partial(_as, dtype=half)
     return func(*map(narrowed, args), **{name: narrowed(value) for name, value in kwargs.items()})
@@ -62,12 +65,13 @@ def _attention_in_half(func: Function, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _as_written(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What is written has the type of what it is written into."""
+    """What is written has the type of what it is written into; a number that is assigned is within its range."""
     dtype = args[0].dtype if args else None
-    if dtype is None or dtype not in FLOATS:
+    if dtype is None or dtype not in FLOATS or kwargs.get("out") is not None:
         return func(*args, **kwargs)
-    written = partial(_as, dtype=dtype)
-    return func(*map(written, args), **{name: written(value) for name, value in kwargs.items()})
+    if func in ASSIGNMENTS and dtype != torch.float32:
+        args, kwargs = all_in_range(args, kwargs, dtype)
+    return func(*[_as(one, dtype) for one in args], **{name: _as(one, dtype) for name, one in kwargs.items()})
 
 
 def _half_beside_fp32(values: Sequence[Any]) -> torch.dtype | None:

@@ -10,7 +10,6 @@ let go           the module is FP32 again, and everything global is what it was
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -171,7 +170,10 @@ class MasterWeightPipeline:
         if type(optimizer) in (Adam, AdamW):
             adopted = MasterAdamW.adopt(optimizer, self._masters, self._master_weights, self._optimizer_state)
         else:
-            clip_noted = partial(self._clips.__contains__, optimizer)
+
+            def clip_noted() -> bool:
+                return optimizer in self._clips
+
             adopted = bridge(optimizer, self._masters, loss_scaled=self._scaled_loss, clip_noted=clip_noted)
         adopted.stepper = self._step_alone
         self._adopted.append(adopted)

@@ -91,6 +91,16 @@ def test_what_is_written_takes_the_type_of_what_it_is_written_into(name: str, dt
     assert expected.dtype == dtype
 
 
+def test_a_tensor_that_the_result_is_to_be_in_keeps_its_type() -> None:
+    a, b = operands(torch.bfloat16)
+    with torch.no_grad(), FP32Functions():
+        with pytest.raises(RuntimeError, match="dtype"):
+            torch.mm(a, b, out=torch.zeros(4, 4))
+        out = torch.zeros(4, 4)
+        assert torch.equal(torch.mm(a.float(), b.float(), out=out), out)
+        assert out.any()
+
+
 def test_masks_of_attention_stay_as_they_are() -> None:
     a, b = operands(torch.float16)
     mask = torch.zeros(4, 4).masked_fill(torch.ones(4, 4).triu(1).bool(), -1e9)

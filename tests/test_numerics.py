@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lightning_mpt.fp32_functions import LOSSES, FP32Functions, warn_of_probabilities
 from lightning_mpt.numerics import default_dtype, fp32_sums
@@ -120,6 +121,11 @@ def test_linear_algebra_on_complex_numbers_keeps_its_type() -> None:
         assert torch.linalg.svdvals(x).dtype == torch.float32
 
 
+def assigned(x: Tensor, where: Tensor, number: float) -> Tensor:
+    x[where] = number
+    return x
+
+
 MASK = torch.tensor([True, False])
 FILLS: dict[str, tuple[Callable[[Tensor], Tensor], list[float]]] = {
     "masked_fill": (lambda x: x.masked_fill(MASK, -1e9), [-65504, 1]),
@@ -129,6 +135,15 @@ FILLS: dict[str, tuple[Callable[[Tensor], Tensor], list[float]]] = {
     "pad": (lambda x: F.pad(x, (0, 1), value=-1e9), [1, 1, -65504]),
     "full": (lambda x: torch.full((2,), 1e9), [65504, 65504]),
     "infinite": (lambda x: torch.where(MASK, x, -torch.inf), [1, -torch.inf]),
+    "setitem": (lambda x: assigned(x, MASK, -1e9), [-65504, 1]),
+    "setitem, small": (lambda x: assigned(x, MASK, 1e-9), [2**-24, 1]),
+    "scatter": (lambda x: x.scatter(0, torch.tensor([0]), -1e9), [-65504, 1]),
+    "clip": (lambda x: x.clip(1e9, 2e9), [65504, 65504]),
+    "threshold": (lambda x: F.threshold(x, 2.0, -1e9), [-65504, -65504]),
+    "hardtanh": (lambda x: F.hardtanh(x, -1e9, 1e9), [1, 1]),
+    "pad_sequence": (lambda x: pad_sequence([x[:0], x[:1]], padding_value=-1e9).view(-1), [-65504, 1]),
+    "tensor": (lambda x: x.masked_fill(MASK, torch.tensor(-1e9, dtype=torch.float32)), [-65504, 1]),
+    "tensor first": (lambda x: torch.where(MASK, torch.tensor(-1e9, dtype=torch.float32), x), [-65504, 1]),
     "small": (lambda x: x.masked_fill(MASK, -1e-8), [-(2**-24), 1]),
     "clamp": (lambda x: (0 * x).clamp_min(1e-12), [2**-24, 2**-24]),
     "plus": (lambda x: 0 * x + 1e-8, [2**-24, 2**-24]),
