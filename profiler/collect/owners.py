@@ -4,8 +4,7 @@ Everything here is watched from outside, by hooks that torch offers and that com
 
 - parameters, buffers, gradients and optimizer state are looked up at the edges of a step;
 - gradients also when they are accumulated, since they may be gone by the end of the step;
-- tensors saved for backward, by `saved_tensors_hooks`. The pack hook gives the tensor itself to the graph, so nothing
-  is copied or kept longer than it would be;
+- tensors saved for backward, as autograd saves them;
 - which module runs, by forward hooks; and with them the phase: `forward` when a module runs, `backward` from the first
   gradient or unpacked tensor until the autograd engine is done, `optimizer_step` from there on. A closure that runs
   forward and backward inside `Optimizer.step`, as Lightning's does, is so taken apart correctly.
@@ -27,7 +26,8 @@ from ..ledger import BACKWARD, CLIP, FORWARD, OPTIMIZER_STEP, OUTSIDE
 from ..recording import Claim, Gone, Interval, Mark
 from .duplicates import DuplicateFinder
 from .modules import ModuleForwards, hookable, parameter_paths, untracer
-from .tensors import is_computed, parts_of, tensors_in, version_of
+from .saved import SavedTensors
+from .tensors import is_computed, parts_of, tensors_in
 
 now_ns = time.time_ns
 """The clock of torch.profiler's events and, to its microsecond, of the CUDA allocator's history."""
@@ -63,7 +63,7 @@ class Owners:
         self._device = device
         self._address_of = address_of
         self._handles: list[Any] = []
-        self._saved_hooks: torch.autograd.graph.saved_tensors_hooks | None = None
+        self.saved = SavedTensors(self._note_saved, self._in_backward)
         self._running: list[_Run] = []
         self._phase = OUTSIDE
         self._fresh = False  # no module has run in this phase yet: what the first is given is the batch
@@ -102,11 +102,8 @@ class Owners:
             for parameter, path in self._paths.items():
                 for part in self._parts_here(parameter):
                     self._finder.add(part, path)
-        # The innermost saved-tensor hooks alone apply, so these must be the outermost: a user's own, or a
-        # checkpoint's, stay in force within.
         untraced = untracer(self._module)
-        self._saved_hooks = torch.autograd.graph.saved_tensors_hooks(untraced(self._pack), untraced(self._unpack))
-        self._saved_hooks.__enter__()
+        self.saved.put_on(untraced)
         for path, module in hookable(self._module):
             self._handles.append(module.register_forward_pre_hook(self._enterer(path), with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._leave, always_call=True))
@@ -136,9 +133,7 @@ class Owners:
             if joined is not None:
                 joined.__exit__()
         self._finder = None
-        if self._saved_hooks is not None:
-            self._saved_hooks.__exit__()
-            self._saved_hooks = None
+        self.saved.take_off()
         while self._handles:
             self._handles.pop().remove()
 
@@ -281,7 +276,7 @@ class Owners:
             if self._fresh and not in_backward():
                 self._fresh = False
                 self.claim_inputs((args, kwargs))
-            joined = self._join_recomputation()
+            joined = self.saved.join_recomputation() if in_backward() else None
             began_ns = now_ns()
             self._running.append(_Run(path, joined, began_ns, counted=self._counted and not in_backward()))
             self._mark_module(began_ns, path)
@@ -311,19 +306,15 @@ class Owners:
 
     # -- what autograd does -------------------------------------------------------------------------------------
 
-    def _pack(self, tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+    def _note_saved(self, tensor: torch.Tensor) -> None:
         module = self._module_running()
-        self._claim_saved(tensor, module)
-        if self._finder is not None:
-            for part in self._parts_here(tensor):
-                self._finder.add(part, module)
-        return tensor, version_of(tensor)
-
-    def _claim_saved(self, tensor: torch.Tensor, module: str | None) -> None:
         if self.kept < self._max_claims:
             self.claim(Category.ACTIVATIONS, tensor, module)
         else:
             self.dropped += 1
+        if self._finder is not None:
+            for part in self._parts_here(tensor):
+                self._finder.add(part, module)
 
     def _compare_saved(self) -> None:
         """Look for duplicates, once: now that the forward pass has saved all that it saves, and nothing is used yet."""
@@ -337,39 +328,6 @@ class Owners:
         except RuntimeError as error:  # out of memory, say: training goes on without this list
             self.notes.append(f"Values saved in two precisions were not looked for: {str(error).splitlines()[0]}")
         self.own.append(Interval(began_ns, now_ns()))
-
-    def _unpack(self, packed: tuple[torch.Tensor, int]) -> torch.Tensor:
-        self._in_backward()
-        tensor, version = packed
-        now = version_of(tensor)
-        if now != version:  # autograd leaves this check out where there are hooks
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"[{tensor.type()} {list(tensor.shape)}] is at version {now}; expected version {version} instead. "
-                "Hint: torch.autograd.set_detect_anomaly(True) finds the operation that failed."
-            )
-        return tensor
-
-    def _join_recomputation(self) -> torch.autograd.graph.saved_tensors_hooks | None:
-        """Where a checkpoint runs its modules again, see what it saves.
-
-        `torch.utils.checkpoint` puts its own saved-tensor hooks over these: at first ones that save nothing, and in
-        backward ones that keep what is computed again.
-        """
-        if not in_backward():
-            return None
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-        if hooks is None or not getattr(hooks[0], "__qualname__", "").startswith("_recomputation_hook."):
-            return None
-        keep, give = hooks
-
-        def pack(tensor: torch.Tensor) -> Any:
-            self._claim_saved(tensor, self._module_running())
-            return keep(tensor)
-
-        joined = torch.autograd.graph.saved_tensors_hooks(pack, give)
-        joined.__enter__()
-        return joined
 
     def _gradient(self, parameter: torch.Tensor) -> None:
         self._in_backward()

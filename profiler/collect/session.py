@@ -15,6 +15,7 @@ from .buckets import NOTE as BUCKETS
 from .buckets import bucket_bytes
 from .modules import compiled_note
 from .owners import Owners, now_ns
+from .saved import UNSEEN
 from .sources import Source, source_for
 
 _OVERFLOWED = "The allocator's history was too short for the recorded steps, and its oldest part is lost."
@@ -198,6 +199,7 @@ class Session:
                 *owners.notes,
                 *notes,
                 *([BUCKETS] if buckets else []),
+                *([UNSEEN] if owners.saved.stood_aside else []),
                 *self._write_snapshot(),
                 *([_OVERFLOWED] if self._source.overflowed else []),
             ],

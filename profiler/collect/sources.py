@@ -102,7 +102,10 @@ class Source:
 
     def address_of(self, storage: torch.UntypedStorage) -> int:
         """The address under which events tell of this storage; 0 where none does."""
-        return storage.data_ptr()
+        try:
+            return storage.data_ptr()
+        except RuntimeError:  # a tensor of zeros that is not written out, as forward-mode differentiation makes them
+            return 0
 
 
 def source_for(device: torch.device, max_events: int = MAX_EVENTS, *, keep_snapshot: bool = False) -> Source:

@@ -6,14 +6,19 @@ from typing import Any
 import torch
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_in_transform = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def parts_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The plain strided tensors that hold a tensor's data: several for a sparse one or a wrapper (DTensor).
 
+    Within `torch.func`'s transforms (vmap, grad) a tensor stands for another one, which has the memory.
+
     A wrapper that has a method `memory_parts()` knows best: it may hold other memory than torch is told of.
     """
-    if type(tensor) in _PLAIN and tensor.layout is torch.strided:  # nearly always: asked of every saved tensor
+    if _in_transform(tensor):
+        yield from parts_of(torch._C._functorch.get_unwrapped(tensor))
+    elif type(tensor) in _PLAIN and tensor.layout is torch.strided:  # nearly always: asked of every saved tensor
         yield tensor
     elif tensor.layout is torch.sparse_coo:
         yield from (tensor._indices(), tensor._values())

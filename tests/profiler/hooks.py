@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+_DISABLE = torch.autograd.graph.disable_saved_tensors_hooks
+
 
 def hooks_on(module: nn.Module) -> list[object]:
     """Every hook that is on the module, its parameters, or autograd."""
@@ -12,6 +14,8 @@ def hooks_on(module: nn.Module) -> list[object]:
         on += [*child._forward_hooks_always_called, *child._backward_hooks.values()]
     for parameter in module.parameters():
         on += [*(parameter._backward_hooks or {}).values(), *(parameter._post_accumulate_grad_hooks or {}).values()]
+    if torch.autograd.graph.disable_saved_tensors_hooks is not _DISABLE:
+        on.append(torch.autograd.graph.disable_saved_tensors_hooks)
     return [hook for hook in on if hook is not None]
 
 
