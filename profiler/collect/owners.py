@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.parameter import is_lazy
 
 from ..category import Category
 from ..figures import Duplicate
@@ -110,7 +111,8 @@ class Owners:
         gradient = untraced(self._gradient)
         for parameter in self._paths:
             if parameter.requires_grad and parameter.is_leaf:
-                self._handles.append(parameter.register_post_accumulate_grad_hook(gradient))
+                with torch._C.DisableTorchFunctionSubclass():  # else a lazy parameter refuses
+                    self._handles.append(parameter.register_post_accumulate_grad_hook(gradient))
                 # Another hook may use the gradient up and free it: those that were there go to the end. (Autograd reads
                 # the plain dictionary, so OrderedDict.move_to_end would change nothing.)
                 hooks = parameter._post_accumulate_grad_hooks
@@ -214,9 +216,9 @@ class Owners:
             self.claim(Category(name), tensor, path, watch=True)
 
     def parameter_count(self) -> int:
-        """Number of scalar parameters, those of tied modules once."""
+        """Number of scalar parameters, those of tied modules once, those that no batch has made yet not at all."""
         self._paths = parameter_paths(self._module, self._optimizers)
-        return sum(parameter.numel() for parameter in self._paths)
+        return sum(parameter.numel() for parameter in self._paths if not is_lazy(parameter))
 
     def optimizer_names(self) -> list[str]:
         """The optimizers' classes; of one that is wrapped, as Lightning's Fabric does, the class inside."""

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _in_transform = torch._C._functorch.is_functorch_wrapped_tensor
@@ -20,6 +21,8 @@ def parts_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield from parts_of(torch._C._functorch.get_unwrapped(tensor))
     elif type(tensor) in _PLAIN and tensor.layout is torch.strided:  # nearly always: asked of every saved tensor
         yield tensor
+    elif is_lazy(tensor):  # the first batch makes it
+        return
     elif tensor.layout is torch.sparse_coo:
         yield from (tensor._indices(), tensor._values())
     elif tensor.layout is not torch.strided:

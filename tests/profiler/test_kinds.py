@@ -189,3 +189,27 @@ def test_fabric(precision: Any) -> None:
     assert report.categories[Category.UNATTRIBUTED] <= 0.01 * report.peak_bytes
     assert bool(report.duplicates) == (precision == "bf16-mixed")
     assert not report.notes
+
+
+class Lazy(Classifier):
+    """Layers that the first batch makes, and one that no batch does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.LazyLinear(256), nn.LazyBatchNorm1d(), nn.ReLU(), nn.LazyLinear(10))
+        self.unused = nn.LazyLinear(3)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.net.parameters(), lr=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:.*uninitialized parameter:UserWarning")
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
+@pytest.mark.parametrize("warmup_steps", [0, 1, 2])
+def test_layers_that_the_first_batch_makes(warmup_steps: int, tmp_path: Any) -> None:
+    report = fit(Lazy(), tmp_path, MemoryProfiler(warmup_steps=warmup_steps, steps=1)).profiler.report
+    step = report.phases["optimizer_step"].categories
+    assert report.parameters == 64 * 256 + 256 + 2 * 256 + 256 * 10 + 10
+    assert step[Category.WEIGHTS] == step[Category.GRADIENTS] == 4 * report.parameters
+    assert report.phases["backward"].categories[Category.BUFFERS] == 2 * 4 * 256 + 8
+    assert report.categories[Category.UNATTRIBUTED] <= 0.01 * report.peak_bytes
