@@ -253,14 +253,15 @@ def _older_block(recording: Recording, claim: Claim, lives: dict[int, list[Block
 
 
 def _forward_began(phases: list[Mark], modules: list[Mark]) -> list[int]:
-    """For every phase mark, when the first module ran in it (0: none did)."""
+    """For every phase mark, when the first module ran in it (0: none did). After backward it is the forward before."""
     module_times = [mark.time_ns for mark in modules if mark.name is not None]
-    began = []
+    began: list[int] = []
     for index, mark in enumerate(phases):
         at = bisect_right(module_times, mark.time_ns - 1)
         end = phases[index + 1].time_ns if index + 1 < len(phases) else _NEVER
         ran = mark.name == FORWARD and at < len(module_times) and module_times[at] < end
-        began.append(module_times[at] if ran else 0)
+        goes_on = index > 1 and mark.name == FORWARD and phases[index - 1].name == BACKWARD
+        began.append((goes_on and began[index - 2]) or (module_times[at] if ran else 0))
     return began
 
 

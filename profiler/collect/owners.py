@@ -7,7 +7,8 @@ Everything here is watched from outside, by hooks that torch offers and that com
 - tensors saved for backward, as autograd saves them;
 - which module runs, by forward hooks; and with them the phase: `forward` when a module runs, `backward` from the first
   gradient or unpacked tensor until the autograd engine is done, `optimizer_step` from there on. A closure that runs
-  forward and backward inside `Optimizer.step`, as Lightning's does, is so taken apart correctly.
+  forward and backward inside `Optimizer.step`, as Lightning's does, is so taken apart correctly. Where the engine gave
+  no parameter its gradient (`torch.autograd.grad` of a gradient penalty, say), forward goes on after it.
 
 An owner that knows more has a method `memory_categories()`: an optimizer, or anything given as `witnesses`. It yields
 `(category, tensor, parameter or None)`, category being a value of `Category`.
@@ -69,6 +70,7 @@ class Owners:
         self._phase = OUTSIDE
         self._fresh = False  # no module has run in this phase yet: what the first is given is the batch
         self._counted = True
+        self._accumulated = False  # a gradient came in this phase
         self._told = False  # the autograd engine was asked to say when it is done
         self._watched: dict[int, StorageWeakRef] = {}
         self.claims: list[Claim] = []
@@ -235,8 +237,9 @@ class Owners:
 
     def _enter(self, phase: str, since_ns: int | None = None) -> None:
         self._look_for_gone()
+        self._fresh = phase == FORWARD and self._phase != BACKWARD  # else it goes on
         self._phase = phase
-        self._fresh = phase == FORWARD
+        self._accumulated = False
         self.phases.append(Mark(now_ns(), phase, since_ns))
 
     def begin_phase(self, name: str) -> None:
@@ -260,14 +263,15 @@ class Owners:
             torch.autograd.Variable._execution_engine.queue_callback(self._leave_backward)
             self._told = True
 
-    def _step_begins(self, *_: Any) -> None:
-        if self._phase == CLIP:
+    def _step_begins(self, _: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        runs_forward = kwargs.get("closure", args[1] if len(args) > 1 else None) is not None
+        if not runs_forward and not in_backward() and self._phase != OPTIMIZER_STEP:
             self._enter(OPTIMIZER_STEP)
 
     def _leave_backward(self) -> None:
         self._told = False
         if self._phase == BACKWARD:
-            self._enter(OPTIMIZER_STEP)
+            self._enter(OPTIMIZER_STEP if self._accumulated else FORWARD)
 
     def _enterer(self, path: str) -> Any:
         def enter(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -333,6 +337,7 @@ class Owners:
 
     def _gradient(self, parameter: torch.Tensor) -> None:
         self._in_backward()
+        self._accumulated = True
         self._claim_gradient(parameter, self._paths.get(parameter, ""))  # type: ignore[call-overload]  # "": a batch's
 
 
