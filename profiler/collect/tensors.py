@@ -5,13 +5,24 @@ from typing import Any
 
 import torch
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_BY_ROWS = ("crow_indices", "col_indices", "values")
+_BY_COLUMNS = ("ccol_indices", "row_indices", "values")
+_SPARSE_PARTS = {
+    torch.sparse_coo: ("_indices", "_values"),
+    torch.sparse_csr: _BY_ROWS,
+    torch.sparse_bsr: _BY_ROWS,
+    torch.sparse_csc: _BY_COLUMNS,
+    torch.sparse_bsc: _BY_COLUMNS,
+}
+"""The methods that give them."""
 _in_transform = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def parts_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The plain strided tensors that hold a tensor's data: several for a sparse one or a wrapper (DTensor).
+    """The plain strided tensors that hold a tensor's data: several for a sparse one or a wrapper (DTensor, nested).
 
     Within `torch.func`'s transforms (vmap, grad) a tensor stands for another one, which has the memory.
 
@@ -23,18 +34,17 @@ def parts_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield tensor
     elif is_lazy(tensor):  # the first batch makes it
         return
-    elif tensor.layout is torch.sparse_coo:
-        yield from (tensor._indices(), tensor._values())
-    elif tensor.layout is not torch.strided:
-        return
     elif hasattr(tensor, "memory_parts"):
         yield from tensor.memory_parts()
-    elif torch.utils._python_dispatch.is_traceable_wrapper_subclass(tensor):
+    elif is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         for name in names:
             yield from parts_of(getattr(tensor, name))
-    else:
+    elif tensor.layout is torch.strided:
         yield tensor
+    else:
+        for part in _SPARSE_PARTS.get(tensor.layout, ()):
+            yield getattr(tensor, part)()
 
 
 def tensors_in(item: Any, depth: int = 8) -> Iterator[torch.Tensor]:
