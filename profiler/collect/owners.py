@@ -293,6 +293,7 @@ class Owners:
         if torch.compiler.is_compiling():
             return
         ended_ns = now_ns()
+        self.saved.look_in_selective_checkpoints()
         if self._running:
             run = self._running.pop()
             if run.joined is not None:

@@ -11,10 +11,13 @@ these hooks are on, that function is replaced by one that takes them off first.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import ref
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import _CachingTorchDispatchMode
 
-from .tensors import version_of
+from .tensors import tensors_in, version_of
 
 UNSEEN = (
     "What autograd saves within torch.func.grad, vjp, jacrev and hessian, or where saved-tensor hooks are disabled "
@@ -37,6 +40,8 @@ class SavedTensors:
         self._used = used
         self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
         self._stands_aside = False
+        self._selective: Callable[[], object] = lambda: None  # the selective checkpoint that was last looked at, weakly
+        self._told: set[int] = set()  # ids of what it keeps
         self.stood_aside = False
         """Whether autograd saved anything, at any time, that could not be seen."""
 
@@ -111,3 +116,20 @@ class SavedTensors:
         joined = torch.autograd.graph.saved_tensors_hooks(pack, give)
         joined.__enter__()
         return joined
+
+    def look_in_selective_checkpoints(self) -> None:
+        """Where a selective checkpoint runs its modules, in forward, tell of what it keeps for backward.
+
+        It sets results of operations aside, by a dispatch mode: no saved-tensor hook is told of them.
+        """
+        if not torch._C._len_torch_dispatch_stack():
+            return
+        for mode in _get_current_dispatch_mode_stack():
+            if not isinstance(mode, _CachingTorchDispatchMode):
+                continue
+            if self._selective() is not mode:
+                self._selective, self._told = ref(mode), set()
+            for tensor in tensors_in(mode.storage):
+                if id(tensor) not in self._told:
+                    self._told.add(id(tensor))
+                    self._saved(tensor)

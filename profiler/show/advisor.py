@@ -177,7 +177,7 @@ def _what_holds(report: MemoryReport, before: Phases) -> str:
         if held_bytes >= LEAST_SHARE * peak_bytes:
             text += (
                 f": {format_bytes(held_bytes)} of it were born in forward, most {where}, and are kept by something "
-                "other than autograd: a variable of the loop, an attribute of a module"
+                "other than autograd: a variable of the loop, an attribute of a module, saved-tensor hooks of one's own"
             )
             if where == IN_NO_MODULE:
                 text += _LOSS

@@ -301,7 +301,8 @@ def _holding(report: MemoryReport) -> list[Option]:
     text = (
         f"Look for what keeps {format_bytes(held_bytes)} through backward, most of it born {where}, that autograd does "
         "not need: an output in a variable or in the dictionary that training_step returns, or what a module keeps in "
-        "an attribute, as a cache. Let go of it before."
+        "an attribute, as a cache. Let go of it before. (What torch.func and saved-tensor hooks of "
+        "one's own keep is needed.)"
     )
     return [Option(text, change, 0, "holding")]
 

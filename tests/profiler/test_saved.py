@@ -1,5 +1,6 @@
 """Saved-tensor hooks in their place: training that refuses such hooks, or has its own, goes on as without recording."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call, grad, hessian, jacrev, vjp, vmap
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from lightning_mpt.profiler import Category, MemoryRecorder, MemoryReport
 from lightning_mpt.profiler.collect.saved import UNSEEN
@@ -120,3 +122,36 @@ def test_a_transform_under_the_users_own_hooks_is_refused_as_torch_refuses_it() 
         loop.step(0)
     torch._C._autograd._saved_tensors_hooks_enable()  # torch itself leaves them disabled after that error
     assert_all_is_off(loop.module)
+
+
+class Selective(nn.Module):
+    """Checkpointed, but for the results of its products, which are kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(64, 256), nn.Linear(256, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        contexts = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default])
+        return checkpoint(self._inner, x, use_reentrant=False, context_fn=contexts)
+
+    def _inner(self, x: torch.Tensor) -> torch.Tensor:
+        return self.narrow(nn.functional.gelu(self.wide(x)))
+
+
+def selective() -> Loop:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(64, 64), *(Selective() for _ in range(3)))
+    return Loop(module, lambda model, g: model(torch.randn(256, 64, generator=g)).square().mean())
+
+
+def test_what_a_selective_checkpoint_keeps_is_activations() -> None:
+    plain, recorded = selective(), selective()
+    losses, report = train(recorded)
+    assert losses == [plain.step(i) for i in range(3)]
+    assert sum(report.categories.values()) == report.peak_bytes
+    states = 3 * 5056  # of the random generator, which checkpoints keep
+    assert report.categories[Category.UNATTRIBUTED] - states <= 0.01 * report.peak_bytes
+    for block in ("1", "2"):
+        assert report.modules[f"{block}.wide"][Category.ACTIVATIONS] == 256 * 256 * 4
+        assert report.modules[f"{block}.narrow"][Category.ACTIVATIONS] == 256 * 64 * 4
