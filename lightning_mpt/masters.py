@@ -91,7 +91,7 @@ class MasterWeights:
         entry = self._current(parameter)
         if entry is None:
             held = local(parameter).detach()
-            stored = storage.of_half(held)
+            stored = ordered_like(storage.of_half(held), dense(held))
             self._enter(parameter, storage, stored)
             return stored
         if entry.storage.name != storage.name or entry.stored.device != parameter.device:

@@ -10,6 +10,7 @@ let go           the module is FP32 again, and everything global is what it was
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -170,10 +171,7 @@ class MasterWeightPipeline:
         if type(optimizer) in (Adam, AdamW):
             adopted = MasterAdamW.adopt(optimizer, self._masters, self._master_weights, self._optimizer_state)
         else:
-
-            def clip_noted() -> bool:
-                return optimizer in self._clips
-
+            clip_noted = partial(self._clips.__contains__, optimizer)
             adopted = bridge(optimizer, self._masters, loss_scaled=self._scaled_loss, clip_noted=clip_noted)
         adopted.stepper = self._step_alone
         self._adopted.append(adopted)
@@ -257,7 +255,8 @@ class MasterWeightPipeline:
         if len(self._adopted) > 1 and self._gradients_scale is not self._loss_scale.scale:
             self._rescale_kept_gradients()
         self._gradients_scale = self._loss_scale.scale
-        self._clips = {optimizer: clip._replace(scan=None) for optimizer, clip in self._clips.items()}  # out of date
+        for optimizer, clip in self._clips.items():
+            self._clips[optimizer] = clip._replace(scan=None)  # that is out of date
         # FP32 first: a scale of 2**16 is inf in float16.
         return loss.float() * self._gradients_scale
 

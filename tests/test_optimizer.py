@@ -315,3 +315,18 @@ def test_state_that_was_replaced_is_let_go_of() -> None:
     optimizer.step()
     gc.collect()
     assert before() is None
+
+
+@pytest.mark.parametrize("storage", ["float32", "split", "split8"])
+def test_a_half_parameter_with_gaps_and_another_order_in_memory_is_trained_as_any(storage: str) -> None:
+    values = torch.randn(4, 6, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    strided = nn.Parameter(values[:, :, 0].t())
+    plain = nn.Parameter(strided.detach().clone(memory_format=torch.contiguous_format))
+    assert strided.stride() != plain.stride()
+    optimizers = [MasterAdamW([parameter], lr=0.01, master_weights=storage) for parameter in (strided, plain)]
+    for step in range(3):
+        for parameter, optimizer in zip((strided, plain), optimizers, strict=True):
+            parameter.grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(step)).bfloat16()
+            optimizer.step()
+    assert torch.equal(strided, plain)
+    assert torch.equal(optimizers[0].master_params()[0], optimizers[1].master_params()[0])
