@@ -1,7 +1,7 @@
 """The changes that would lower the peak: what each does to the categories of every phase, and what it costs.
 
 - checkpointing repeated blocks: of each, what is saved for backward goes, but for its output (the next one's input);
-  one block is there at a time, while backward computes it again;
+  one block is there at a time, while backward computes it again, at the end among nearly all gradients;
 - the storage of the model's state by lightning-mpt, and half precision itself where weights are FP32;
 - waste: FP32 activations in a half-precision run, values kept in two precisions, outputs that the loop holds;
 - where memory ran out, a smaller batch.
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 from ..category import MODEL_STATE, Category
-from ..ledger import CLIP, FORWARD, OPTIMIZER_STEP
+from ..ledger import BACKWARD, CLIP, FORWARD, OPTIMIZER_STEP
 from ..report import MemoryReport
 from .tree import Node, module_tree, subtree_bytes
 from .words import format_bytes, in_words
@@ -64,18 +64,20 @@ def _checkpointing(report: MemoryReport) -> list[Option]:
     """The repeated blocks that save most; and, where there are such, others that save much for far less time."""
     activations = subtree_bytes(report, Category.ACTIVATIONS)
     pass_ns = _forward_ns(report)
-    found: list[tuple[float, float, Node]] = []
+    found: list[tuple[float, float, Node, Change]] = []
     for node in module_tree(report).walk():
         if len(node.paths) < 2 or not all(path in report.forwards for path in node.paths):
             continue
-        freed = [max(0, activations.get(path, 0) - report.forwards[path].output_bytes) for path in node.paths]
+        held = [activations.get(path, 0) for path in node.paths]
+        freed = [max(0, size - report.forwards[path].output_bytes) for size, path in zip(held, node.paths, strict=True)]
+        change = _recomputed(report, node.paths, held, freed)
         time_ns = sum(report.forwards[path].time_ns for path in node.paths)
-        found.append((sum(freed) - _one_block(freed), time_ns / pass_ns if pass_ns else 0.0, node))
+        found.append((sum(freed) - _one_block(freed), time_ns / pass_ns if pass_ns else 0.0, node, change))
     if not found:
         return []
     best = max(found, key=lambda item: item[0])
     cheap = [item for item in found if item[0] >= best[0] / 2 and item[1] < best[1] / 2]
-    return [_checkpoint(report, *item) for item in (best, *sorted(cheap, key=lambda item: -item[0])[:1])]
+    return [_checkpoint(*item[1:]) for item in (best, *sorted(cheap, key=lambda item: -item[0])[:1])]
 
 
 def _one_block(freed: list[int]) -> int:
@@ -87,10 +89,36 @@ def _one_block(freed: list[int]) -> int:
     return min(freed) if min(freed) >= max(freed) / 2 else max(freed)
 
 
-def _checkpoint(report: MemoryReport, freed_bytes: float, recomputed: float, node: Node) -> Option:
+def _checkpoint(recomputed: float, node: Node, change: Change) -> Option:
     time = f", {recomputed:.0%} of a forward pass more" if recomputed else ""
     text = f"Checkpoint {named(node)}: keep only their inputs, and compute the rest again in backward{time}."
-    return Option(text, _fewer_activations(report, freed_bytes), 1, f"checkpoint {node.pattern}")
+    return Option(text, change, 1, f"checkpoint {node.pattern}")
+
+
+def _recomputed(report: MemoryReport, paths: tuple[str, ...], held: list[int], freed: list[int]) -> Change:
+    """Of what every block at `paths` held, the bytes `freed` are there in backward only, while it is computed again.
+
+    That has moments of its own: at the last block all that is kept is there; at the first, the gradients of all others
+    are, and little else. What backward has in hand within a block is taken to be no more than the block.
+    """
+    fewer = _fewer_activations(report, sum(freed))
+    block = _one_block(freed)
+    weights = subtree_bytes(report, Category.WEIGHTS)
+    others = 1 - max(weights.get(path, 0) for path in paths) / (weights.get("", 0) or 1)
+
+    def change(phases: Phases) -> dict[str, dict[Category, int]]:
+        after = fewer(phases)
+        if BACKWARD in after:
+            before = after[BACKWARD]
+            kept = before.get(Category.ACTIVATIONS, 0)
+            gradients = max(categories.get(Category.GRADIENTS, 0) for categories in phases.values())
+            within = before | {Category.TEMPORARIES: min(before.get(Category.TEMPORARIES, 0), block)}
+            at_last = within | {Category.ACTIVATIONS: kept + block}
+            at_first = within | {Category.ACTIVATIONS: _one_block(held), Category.GRADIENTS: round(gradients * others)}
+            after[BACKWARD] = max((before, at_last, at_first), key=lambda moment: sum(moment.values()))
+        return after
+
+    return change
 
 
 def _forward_ns(report: MemoryReport) -> int:

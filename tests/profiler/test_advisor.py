@@ -10,6 +10,8 @@ import lightning as L
 import pytest
 import torch
 from reports import MIB, transformer
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mpt import MasterWeightPrecision
@@ -24,6 +26,7 @@ from lightning_mpt.profiler import (
 from lightning_mpt.profiler.recording import Recording
 from lightning_mpt.profiler.show.advisor import Advice, advise
 
+from .loops import Loop, record
 from .test_plugin import GPT2
 
 PREDICTED = 0.10
@@ -157,13 +160,50 @@ def test_blocks_that_save_much_for_little_time_are_named_too() -> None:
 
 def test_lowering_a_phase_helps_only_down_to_the_next() -> None:
     # Hardly any activations, all in forward and backward: the optimizer's step is highest but for them.
-    report = transformer(12, activations=3 * MIB)
+    report = transformer(12, activations=MIB)
     step = report.phases["optimizer_step"].peak_bytes
     backward = report.phases["backward"].peak_bytes
-    assert backward - 11 * 27 * MIB // 10 < step < backward
+    assert backward - 11 * 9 * MIB // 10 < step < backward
     advice = find(advise(report), "Checkpoint", "net.h.*:")
     assert advice.saves_bytes == backward - step
     assert "in optimizer step" in advice.text
+
+
+def test_checkpointing_lowers_the_peak_to_the_first_block_where_gradients_are_much() -> None:
+    # There one block is whole again, and the gradients of the eleven others are there; a block is 2.7 MiB without its
+    # output, and backward has no more than that in hand.
+    report = transformer(12, activations=3 * MIB)
+    phases = report.phases
+    always = phases["optimizer_step"].peak_bytes - 12 * MIB - MIB  # without gradients and temporaries
+    advice = find(advise(report), "Checkpoint", "net.h.*:")
+    first = always + 11 * MIB + 3 * MIB + 27 * MIB // 10
+    assert advice.saves_bytes == pytest.approx(phases["backward"].peak_bytes - first, abs=8)  # of rounding
+    assert "in backward" in advice.text
+
+
+class Wide(nn.Module):
+    def __init__(self, recompute: bool) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+        self.recompute = recompute
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + (checkpoint(self.inner, x, use_reentrant=False) if self.recompute else self.inner(x))
+
+
+@pytest.mark.parametrize("batch", [128, 256, 512])
+def test_the_predicted_peak_is_the_measured_one_where_gradients_are_much(batch: int) -> None:
+    def train(recompute: bool) -> MemoryReport:
+        module = nn.Sequential(*(Wide(recompute) for _ in range(8)), nn.Linear(64, 10))
+        loop = Loop(module, lambda model, g: model(torch.randn(batch, 64, generator=g)).square().mean())
+        loop.optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        return record(loop)
+
+    before = train(False)
+    advice = find(advise(before), "Checkpoint", "8 blocks", ":")
+    assert advice.saves_bytes is not None
+    predicted = before.peak_bytes - advice.saves_bytes
+    assert predicted == pytest.approx(train(True).peak_bytes, rel=PREDICTED)
 
 
 def test_without_times_and_sizes_of_forward_nothing_is_said_of_checkpointing() -> None:
