@@ -263,10 +263,15 @@ class Owners:
             torch.autograd.Variable._execution_engine.queue_callback(self._leave_backward)
             self._told = True
 
-    def _step_begins(self, _: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _step_begins(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         runs_forward = kwargs.get("closure", args[1] if len(args) > 1 else None) is not None
-        if not runs_forward and not in_backward() and self._phase != OPTIMIZER_STEP:
+        if runs_forward or in_backward():
+            return
+        if self._phase != OPTIMIZER_STEP:
             self._enter(OPTIMIZER_STEP)
+        for group in optimizer.param_groups:  # a loop may set gradients itself, and be done with them in this step
+            for parameter in group["params"]:
+                self._claim_gradient(parameter, self._paths.get(parameter))
 
     def _leave_backward(self) -> None:
         self._told = False

@@ -112,6 +112,8 @@ def test_the_optimizers_step_begins_with_it_where_gradients_are_set_by_hand() ->
             loop.optimizer.zero_grad()
             recorder.step()
     step = recorder.report.phases["optimizer_step"].categories
+    assert step[Category.GRADIENTS] == 4 * recorder.report.parameters
+    assert step[Category.UNATTRIBUTED] <= 64
     assert step[Category.OPTIMIZER_STATE] >= 8 * recorder.report.parameters
     assert step[Category.ACTIVATIONS] == 0
 
