@@ -124,7 +124,7 @@ class BridgedOptimizer(MasterOptimizer):
         hands, masters_of = self._hands, self._masters_of
         self.__class__ = self.__dict__.pop("_adopted_class")
         del self._masters_of, self.masters, self.masters_in_module, self._hands, self._guards
-        del self._loss_scaled, self._clip_noted
+        del self._loss_scaled, self._clip_noted, self._trusted
         self.__dict__.pop("stepper", None)
         hands.give_back({master: parameter for parameter, master in masters_of.items()})
 
@@ -134,6 +134,8 @@ class BridgedOptimizer(MasterOptimizer):
     """What keeps the optimizers inside from being stepped on their own."""
     _loss_scaled: bool
     _clip_noted: Callable[[], bool]
+    _trusted: bool
+    """Whether it has been seen to leave half weights alone."""
     _over_masters: bool = False
     """Whether masters are in the groups now."""
     _masters_of: dict[Tensor, Tensor]
@@ -190,15 +192,21 @@ class BridgedOptimizer(MasterOptimizer):
     def _halves_untouched(self, method: str) -> Iterator[None]:
         """RuntimeError where the half weights, or their gradients, were written to within it.
 
+        In the first step of an optimizer that is not torch's, their values are compared: a write by `.data` counts no
+        version.
+
         Args:
             method: the name of what the optimizer does there.
         """
         before = {p: _marks(p) for p, master in self._masters_of.items() if master is not p}
+        values = {} if self._trusted or method != "step" else {p: _copies(p) for p in before if p.grad is not None}
         yield
         for parameter, (version, gradient) in before.items():
             now = _marks(parameter)
-            if now.version != version or now.gradient not in (None, gradient):
-                what = "weights" if now.version != version else "gradients"
+            weight_was, gradient_was = values.get(parameter, (None, None))
+            written = now.version != version or _differs(parameter, weight_was)
+            if written or now.gradient not in (None, gradient) or _differs(parameter.grad, gradient_was):
+                what = "weights" if written else "gradients"
                 raise RuntimeError(
                     f"{self._name}.{method} wrote to half {what} of the module, first those of shape "
                     f"{tuple(parameter.shape)}: an optimizer, and a hook on its step, must update the parameters in "
@@ -206,6 +214,7 @@ class BridgedOptimizer(MasterOptimizer):
                     f"{self._name} take its parameters from self.param_groups whenever it steps; write to the module "
                     "after the step; or use precision='32-true'."
                 )
+        self._trusted |= bool(values)
 
     def _run_over_masters(self, run: Callable[..., Any], method: str, reads: bool, /, *args: Any, **kwargs: Any) -> Any:
         """Call a method of the optimizer's own over the masters; then the half weights become their rounding.
@@ -296,6 +305,15 @@ class _Marks(NamedTuple):
     gradient: int | None
 
 
+def _copies(parameter: Tensor) -> tuple[Tensor, Tensor | None]:
+    gradient = parameter.grad
+    return local(parameter).detach().clone(), None if gradient is None else local(gradient).detach().clone()
+
+
+def _differs(tensor: Tensor | None, before: Tensor | None) -> bool:
+    return tensor is not None and before is not None and not torch.equal(local(tensor), before)
+
+
 def _marks(parameter: Tensor) -> _Marks:
     return _Marks(parameter._version, None if parameter.grad is None else parameter.grad._version)
 
@@ -348,6 +366,7 @@ def bridge(
     bridged._adopted_class = adopted
     bridged.masters, bridged.masters_in_module, bridged._masters_of = masters, True, {}
     bridged._hands, bridged._guards = hands, []
+    bridged._trusted = adopted.__module__.startswith("torch.optim")
     bridged._loss_scaled, bridged._clip_noted = loss_scaled, clip_noted
     with bridged._masters_in_groups():
         for parameter, master in bridged._masters_of.items():

@@ -97,10 +97,12 @@ class Hands:
         finally:
             back = {theirs: own for own, theirs in others.items()}
             self._exchange_lists(back)
-            for group in self.groups():  # `load_state_dict` makes new ones
+            now = self.groups()  # `load_state_dict` makes new ones
+            for group in now:
                 group["params"] = exchanged(group["params"], back)
-            for group, parameters in ours:
-                group["params"] = parameters
+            for group, parameters in ours:  # the very lists, but where the optimizer has put others in their place
+                if all(group is not one for one in now) or list(map(id, group["params"])) == list(map(id, parameters)):
+                    group["params"] = parameters
 
     def give_back(self, back: Mapping[Tensor, Tensor]) -> None:
         """For good: what was kept in the others' name, state and new attributes, belongs to their own again."""

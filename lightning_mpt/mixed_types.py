@@ -92,7 +92,11 @@ def _as(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _wide_in_numpy(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return func(*((args[0].float(), *args[1:]) if args[0].dtype == torch.bfloat16 else args), **kwargs)
+    if args[0].dtype != torch.bfloat16:
+        return func(*args, **kwargs)
+    array = func(args[0].float(), *args[1:], **kwargs)
+    array.flags.writeable = False  # a copy: what is written to it would not reach the tensor
+    return array
 
 
 WAYS: dict[Any, Way] = {

@@ -185,3 +185,45 @@ def test_sam_within_automatic_optimization_is_refused() -> None:
     module = Classifier(mlp(), lambda module: SAM(module.parameters(), torch.optim.SGD, lr=0.1))
     with pytest.raises(RuntimeError, match=r"SAM.step asks for the loss again"):
         fit(copy.deepcopy(module), classification(2), MasterWeightPrecision("bf16-true"))
+
+
+class ByData(torch.optim.SGD):
+    """Takes its parameters from elsewhere, and writes where no version counts."""
+
+    def __init__(self, params: list[nn.Parameter], *, gradients: bool) -> None:
+        super().__init__(params, lr=0.1)
+        self._elsewhere, self._gradients = lambda: params, gradients
+
+    def step(self, closure: Any = None) -> Any:
+        for parameter in self._elsewhere():
+            assert parameter.grad is not None
+            (parameter.grad if self._gradients else parameter).data.mul_(0.5)
+        return super().step(closure) if self._gradients else None
+
+
+@pytest.mark.parametrize(("gradients", "what"), [(False, "weights"), (True, "gradients")])
+def test_writes_past_the_groups_by_data_are_an_error(gradients: bool, what: str) -> None:
+    params = parameters()
+    optimizer = bridge(ByData(params, gradients=gradients), MasterWeights())
+    with pytest.raises(RuntimeError, match=rf"ByData.step wrote to half {what} of the module"):
+        step_with(optimizer, params, 0)
+
+
+class Freezes(torch.optim.SGD):
+    def freeze_first(self) -> None:
+        self.param_groups[0]["params"] = self.param_groups[0]["params"][1:]
+
+
+def test_a_method_may_take_parameters_out_of_a_group() -> None:
+    params = parameters()
+    start = [parameter.detach().clone() for parameter in params]
+    optimizer = bridge(Freezes(params, lr=0.1), MasterWeights())
+    held = optimizer.param_groups[0]["params"]
+    step_with(optimizer, params, 0)
+    assert optimizer.param_groups[0]["params"] is held
+    optimizer.freeze_first()  # type: ignore[attr-defined]
+    assert [id(one) for one in optimizer.param_groups[0]["params"]] == [id(one) for one in params[1:]]
+    frozen = params[0].detach().clone()
+    step_with(optimizer, params, 1)
+    assert torch.equal(params[0], frozen)
+    assert not any(torch.equal(before, after) for before, after in zip(start, params, strict=True))

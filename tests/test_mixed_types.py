@@ -118,6 +118,8 @@ def test_numpy_is_given_what_it_knows() -> None:
     with FP32Functions(), torch.no_grad():
         assert a.detach().numpy().dtype == np.float32
         assert np.asarray(a.detach()).dtype == np.float32
+        with pytest.raises(ValueError, match="read-only"):  # it is a copy
+            a.detach().numpy()[0] = 1
         assert a.detach().half().numpy().dtype == np.float16
 
 
