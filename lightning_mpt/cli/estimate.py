@@ -18,7 +18,7 @@ from ..profiler import MemoryReport
 from ..profiler.compare.class_path import TargetError, one_line
 from ..profiler.compare.run import FAILED, OK, Row, base_of, to_json
 from ..profiler.estimate import NEEDS_VALUES, EstimateError, PerRank, Trial, largest_batch, per_rank
-from .compare import ON_CPU, ON_CUDA
+from .compare import INTERRUPTED, ON_CPU, ON_CUDA
 from .target_options import CommandParser, add_output, add_precisions, add_target, read_target
 
 FOR = {"cpu": ON_CPU, "cuda": ON_CUDA}
@@ -44,7 +44,10 @@ def declare(parser: CommandParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the command: 0, or 1 where no precision worked. Raises OSError or ValueError where the input is wrong."""
+    """Run the command: 0, 1 where no precision worked, 130 after Ctrl-C.
+
+    Raises OSError or ValueError where the input is wrong.
+    """
     target = read_target(options)
     precisions = [check_name(name) for name in dict.fromkeys(options.precision or FOR[options.device])]
     memory_bytes = None if options.memory is None else size_in_bytes(options.memory)
@@ -63,19 +66,23 @@ def run(options: argparse.Namespace) -> int:
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    with redirect_stdout(sys.stderr), bar as progress:
-        for number, precision in enumerate(precisions, 1):
-            name = f"{precision} ({number} of {len(precisions)})"
-            task = progress.add_task(name)
-            rows.append(_row(partial(ask, precision, batch_size=options.batch_size), precision))
-            report = rows[-1].report
-            if report is not None and options.save is not None:
-                report.save(options.save / f"{precision.replace(':', '-')}.json")
-            if report is not None and memory_bytes is not None:
-                say = partial(progress.update, task)
-                first = options.batch_size or trial.batch_size
-                batches[precision] = _largest_batch(partial(ask, precision), memory_bytes, first, say, name)
-            progress.remove_task(task)
+    interrupted = False
+    try:
+        with redirect_stdout(sys.stderr), bar as progress:
+            for number, precision in enumerate(precisions, 1):
+                name = f"{precision} ({number} of {len(precisions)})"
+                task = progress.add_task(name)
+                rows.append(_row(partial(ask, precision, batch_size=options.batch_size), precision))
+                report = rows[-1].report
+                if report is not None and options.save is not None:
+                    report.save(options.save / f"{precision.replace(':', '-')}.json")
+                if report is not None and memory_bytes is not None:
+                    say = partial(progress.update, task)
+                    first = options.batch_size or trial.batch_size
+                    batches[precision] = _largest_batch(partial(ask, precision), memory_bytes, first, say, name)
+                progress.remove_task(task)
+    except KeyboardInterrupt:
+        interrupted = True
     ranks = {row.precision: per_rank(row.report, options.ranks) for row in rows if options.ranks and row.report}
     if options.json:
         print(json.dumps(_json(rows, batches, ranks, memory_bytes), indent=1))
@@ -84,6 +91,9 @@ def run(options: argparse.Namespace) -> int:
 
         title = f"{target}, estimated for {options.device}"
         print_rows(rows, title, more=_more(rows, batches, ranks, options), remarks=_remarks(ranks))
+    if interrupted:
+        print(f"lightning-mpt estimate: interrupted after {len(rows)} of {len(precisions)}", file=sys.stderr)
+        return INTERRUPTED
     return 0 if base_of(rows) is not None else 1
 
 

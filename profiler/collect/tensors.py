@@ -1,5 +1,6 @@
 """What tensors a thing holds, and what memory a tensor lies in."""
 
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -56,11 +57,12 @@ def tensors_in(item: Any, depth: int = 8) -> Iterator[torch.Tensor]:
     elif isinstance(item, dict) or hasattr(item, "items"):
         for value in dict(item).values():
             yield from tensors_in(value, depth - 1)
-    elif isinstance(item, list | tuple | set):
+    elif isinstance(item, list | tuple | set | frozenset | deque):
         for value in item:
             yield from tensors_in(value, depth - 1)
-    elif hasattr(item, "__dict__"):
-        for value in vars(item).values():
+    else:
+        slots = {name for kind in type(item).__mro__ for name in vars(kind).get("__slots__", ())}
+        for value in [*getattr(item, "__dict__", {}).values(), *(getattr(item, name, None) for name in slots)]:
             yield from tensors_in(value, depth - 1)
 
 

@@ -48,7 +48,7 @@ def run(folder: Path, trainer_arguments: TrainerArguments) -> None:
         with (folder / PROGRESS).open("ab", buffering=0) as progress:
             report, outcome["step_seconds"] = train(job, trainer_arguments, folder, progress)
         report.save(folder / REPORT)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # sys.exit in the training is no outcome
         traceback.print_exc()
         ran_out = ran_out_of_memory(error)
         outcome["status"] = OUT_OF_MEMORY if ran_out else FAILED
@@ -194,14 +194,21 @@ def _with_notes(report: MemoryReport) -> MemoryReport:
 
 
 def _end_with_parent() -> None:
-    """When the parent is gone, so that no one waits for the figures, end this process and its workers."""
+    """When the parent is gone, so that no one waits for the figures, end this process and its workers.
+
+    A network that asks for input meets the end of its input at once: there is nobody to answer.
+    """
+    if sys.stdin is None:
+        return
+    pipe, nothing = os.dup(0), os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
 
     def wait() -> None:
-        while os.read(0, 1024):  # until the end of the pipe, which the parent's end brings about
+        while os.read(pipe, 1024):  # until the end of the pipe, which the parent's end brings about
             pass
         if hasattr(os, "killpg") and os.getpgid(0) == os.getpid():
             os.killpg(0, signal.SIGKILL)
         os._exit(1)
 
-    if sys.stdin is not None:
-        threading.Thread(target=wait, daemon=True, name="end-with-parent").start()
+    threading.Thread(target=wait, daemon=True, name="end-with-parent").start()

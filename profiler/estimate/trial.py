@@ -78,7 +78,7 @@ class Trial:
             batch_size: cut or repeat the batch to that many samples; None for the size that it has.
 
         Raises:
-            EstimateError: the step needs values that only a run on a device has.
+            EstimateError: the step needs values that only a run on a device has, or ends the process.
         """
         memory = FakeMemory(device.block_bytes, device.workspace_bytes, device.scratch, device.amend)
         given = dict(trainer_arguments())
@@ -102,6 +102,10 @@ class Trial:
                     self._fit(module, profiler, given, batch_size)
         except NEEDS_VALUES as error:
             raise EstimateError(f"{_reason(error)}, which fake tensors cannot tell") from error
+        except SystemExit as error:
+            if isinstance(error.__context__, KeyboardInterrupt):  # Lightning makes the one of the other
+                raise error.__context__ from None
+            raise EstimateError(f"the training wants to end the process, by sys.exit({error.code!r})") from error
         recording = profiler.recording
         if recording is None:
             raise EstimateError("no training step was run: the training ended before the second")

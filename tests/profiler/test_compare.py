@@ -300,3 +300,22 @@ def test_memory_that_ran_out_is_a_row() -> None:
 def test_a_target_that_cannot_be_is_raised() -> None:
     with pytest.raises(TargetError, match="no such class"):
         run_job(job_for("Tiny"), with_outcome(status=FAILED, bad_target=True, error="no such class"))
+
+
+@pytest.mark.parametrize(("how", "said"), [("input()", "EOFError"), ("raise SystemExit(0)", "SystemExit")])
+def test_a_network_that_asks_or_ends_the_process_fails_at_once(tmp_path: Path, how: str, said: str) -> None:
+    file = tmp_path / "asks.py"
+    file.write_text(
+        "import runpy\n"
+        f"WithData = runpy.run_path({HERE!r})['WithData']\n"
+        "class Asks(WithData):\n"
+        "    def training_step(self, batch, batch_idx):\n"
+        f"        {how}\n"
+    )
+    row = run_job(
+        Job(Target(f"{file}:Asks"), "32-true", "cpu", 1),
+        [sys.executable, "-m", "lightning_mpt.cli.compare_child"],
+        timeout_s=120,
+    )
+    assert row.status == FAILED
+    assert said in str(row.error)

@@ -1,6 +1,7 @@
 """`lightning-mpt estimate` as a command."""
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -132,3 +133,38 @@ def test_wrong_input_ends_with_two_and_says_why(
 )
 def test_sizes(text: str, size: int) -> None:
     assert size_in_bytes(text) == size
+
+
+def ending(folder: Path, how: str) -> list[str]:
+    """The model of a file whose training ends in its own way."""
+    file = folder / "ends.py"
+    file.write_text(
+        "import runpy\n"
+        f"WithData = runpy.run_path({HERE!r})['WithData']\n"
+        "class Ends(WithData):\n"
+        "    def training_step(self, batch, batch_idx):\n"
+        f"        {how}\n"
+    )
+    return ["--model", f"{file}:Ends", "--precision", "32-true", "bf16-true"]
+
+
+def test_a_network_that_ends_the_process_is_a_row_that_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["estimate", *ending(tmp_path, "raise SystemExit(0)"), "--json"]) == 1
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["status"] for row in rows] == ["failed", "failed"]
+    assert "sys.exit(0)" in rows[0]["error"]
+
+
+def test_ctrl_c_leaves_the_rows_there_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # Lightning turns Ctrl-C off for good
+    lines = ("import torch", "if self.dtype != torch.float32: raise KeyboardInterrupt")
+    model = ending(tmp_path, "\n        ".join([*lines, "return super().training_step(batch, batch_idx)"]))
+    model[-1] = "mpt-bf16-true"
+    assert main(["estimate", *model, "--json"]) == 130
+    printed = capsys.readouterr()
+    assert [row["precision"] for row in json.loads(printed.out)] == ["32-true"]
+    assert "interrupted after 1 of 2" in printed.err

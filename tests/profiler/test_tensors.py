@@ -1,12 +1,15 @@
 """What memory a tensor lies in, whatever its layout."""
 
+from collections import deque
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
 from torch.func import vmap
 
 from lightning_mpt.profiler import Category
-from lightning_mpt.profiler.collect.tensors import parts_of
+from lightning_mpt.profiler.collect.tensors import parts_of, tensors_in
 
 from .loops import Loop, record
 
@@ -79,3 +82,18 @@ def test_a_nested_batch_has_a_name() -> None:
     assert report.categories[Category.INPUTS] == pytest.approx(600 * 64 * 4, abs=64)  # and where each begins
     assert report.categories[Category.ACTIVATIONS] >= 600 * 128 * 4
     assert report.categories[Category.UNATTRIBUTED] <= 0.01 * report.peak_bytes
+
+
+def test_tensors_in_slots_and_in_every_kind_of_container_are_found() -> None:
+    @dataclass(slots=True)
+    class Slotted:
+        x: torch.Tensor
+        name: str = "batch"
+
+    class Both(Slotted):
+        """With a dictionary of its own beside the slots that it inherits."""
+
+    both = Both(torch.ones(1))
+    both.y = torch.ones(2)  # type: ignore[attr-defined]
+    held = [Slotted(torch.ones(3)), both, deque([torch.ones(4)]), frozenset([torch.ones(5)])]
+    assert sorted(tensor.numel() for tensor in tensors_in(held)) == [1, 2, 3, 4, 5]
