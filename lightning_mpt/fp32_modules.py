@@ -7,14 +7,15 @@ their inputs are cast to FP32 and their outputs back to half, and what they make
 Rotary embeddings do too: modules with no parameters that hold a buffer `inv_freq`. An angle is a position times such a
 frequency, so what rounding takes from the frequency grows with the position: at 1024, half is wrong by tenths of a
 radian, at 8192 by whole ones. Their inputs are left as they are, since it is the type of these that sines and cosines
-are given in; where they are FP32 all the same they become half.
+are given in. Where two tensors come out, these are sines and cosines, and become half; one alone may be the angles, and
+stays as it is.
 """
 
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._pytree import tree_map
@@ -23,8 +24,6 @@ from .storage import fp32_to, half_to_fp32
 
 RUNNING_NORMS = (_BatchNorm, _InstanceNorm)
 FREQUENCIES = "inv_freq"
-MADE_FOR_FP32_FREQUENCIES = "transformers."
-"""Who gives angles too, and casts their sines and cosines itself."""
 
 
 def kept_in_fp32(module: nn.Module, types: tuple[type[nn.Module], ...]) -> set[nn.Module]:
@@ -50,19 +49,24 @@ def meet_half(module: nn.Module, kept: set[nn.Module], dtype: torch.dtype) -> li
     def outputs_to_half(part: nn.Module, args: Any, output: Any) -> Any:
         return tree_map(partial(fp32_to, dtype), output)
 
+    def sines_to_half(part: nn.Module, args: Any, output: Any) -> Any:
+        several = isinstance(output, list | tuple) and sum(isinstance(one, Tensor) for one in output) > 1
+        return outputs_to_half(part, args, output) if several else output
+
     handles: list[Any] = []
     within: set[nn.Module] = set()
     for part in module.modules():  # a module comes before its children
         if part not in kept or part in within:
             continue
-        gives_half = is_rotary(part) and type(part).__module__.startswith(MADE_FOR_FP32_FREQUENCIES)
         if isinstance(part, RUNNING_NORMS):
-            gives_half = type(part).__module__.startswith("torch.")  # a class of the user's may do more
-        elif not is_rotary(part):
+            if not type(part).__module__.startswith("torch."):  # a class of the user's may do more
+                handles.append(part.register_forward_hook(outputs_to_half))
+        elif is_rotary(part):
+            handles.append(part.register_forward_hook(sines_to_half))
+        else:
             within.update(part.modules())
             handles.append(part.register_forward_pre_hook(_inputs_to_fp32, with_kwargs=True))
             handles += _fp32_by_default(part)
-        if not gives_half:
             handles.append(part.register_forward_hook(outputs_to_half))
     return handles
 

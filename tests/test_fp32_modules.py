@@ -58,6 +58,20 @@ def test_angles_of_far_positions_are_those_of_fp32(dtype: torch.dtype) -> None:
     assert torch.equal(rotary(x)[0], cos)
 
 
+class Angles(Rotary):
+    """Leaves sines and cosines to others."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.outer(torch.arange(x.shape[-2]).to(self.inv_freq), self.inv_freq)
+
+
+def test_angles_alone_stay_fp32() -> None:
+    angles, x = Angles(16), torch.zeros(POSITIONS, 16)
+    expected = angles(x)
+    ConvertedModule(nn.Sequential(angles), torch.bfloat16, MasterWeights())
+    assert torch.equal(angles(x.bfloat16()), expected)
+
+
 def test_what_has_weights_beside_its_frequencies_is_half() -> None:
     rotary = Rotary(16, learnt=True)
     ConvertedModule(rotary, torch.bfloat16, MasterWeights())
