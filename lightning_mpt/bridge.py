@@ -361,6 +361,7 @@ def bridge(
     """
     optimizer.__dict__.pop("step", None)  # the tracker of an LRScheduler, bound to the old class
     adopted, hands = type(optimizer), Hands(optimizer)
+    hands.bring_to_fp32(masters)
     bridged = cast(BridgedOptimizer, optimizer)
     bridged.__class__ = _class_over_masters(adopted)  # type: ignore[arg-type]
     bridged._adopted_class = adopted

@@ -5,12 +5,16 @@ parameter, and SAM and Lookahead an optimizer inside, most often with the same g
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from .masters import MasterWeights
+from .storage import is_half
 
 NOT_LISTS = frozenset({"param_groups", "state", "defaults"})
 """Attributes of every optimizer: its groups are exchanged as such, and its state is by what it steps."""
@@ -71,6 +75,20 @@ class Hands:
         ]
         """The attributes that hold any of the parameters."""
 
+    def bring_to_fp32(self, masters: MasterWeights) -> None:
+        """Copies of half weights that the optimizers made of them, as Lookahead's slow ones, become their masters'.
+
+        Other half tensors in their attributes and groups become FP32 as well.
+        """
+        parameters = {parameter for group in self.groups() for parameter in group["params"]}
+        made = _Made(lambda tensor: tensor if tensor in parameters else _in_fp32(tensor, parameters, masters))
+        for optimizer in self.optimizers:
+            for name, value in vars(optimizer).items():
+                if name not in NOT_LISTS:
+                    vars(optimizer)[name] = exchanged(value, made)
+        for group in self.groups():
+            group.update({name: exchanged(value, made) for name, value in group.items() if name != "params"})
+
     def groups(self) -> list[dict[str, Any]]:
         """The groups of all optimizers, once where they share one."""
         groups = (group for optimizer in self.optimizers for group in optimizer.param_groups)
@@ -119,3 +137,28 @@ class Hands:
         for optimizer, name in self._lists:
             if name in vars(optimizer):
                 vars(optimizer)[name] = exchanged(vars(optimizer)[name], others)
+
+
+class _Made(dict[Tensor, Tensor]):
+    """For each tensor that is asked for, what is made of it then, once."""
+
+    def __init__(self, make: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._make = make
+
+    def get(self, tensor: Tensor, default: Any = None) -> Tensor:
+        if tensor not in self:
+            self[tensor] = self._make(tensor)
+        return self[tensor]
+
+
+def _in_fp32(tensor: Tensor, parameters: Iterable[Tensor], masters: MasterWeights) -> Tensor:
+    """A half tensor in FP32, with the master's digits where it is a copy of a half weight; any other as it is."""
+    if not is_half(tensor):
+        return tensor
+    values = tensor.detach().float()
+    for parameter in parameters:
+        if parameter.dtype == tensor.dtype and parameter.shape == tensor.shape and torch.equal(parameter, tensor):
+            values = masters.read(parameter).clone()
+            break
+    return values.requires_grad_(tensor.requires_grad)

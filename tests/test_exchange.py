@@ -16,6 +16,7 @@ from lightning_mpt import MasterWeightPrecision
 from lightning_mpt.bridge import bridge
 from lightning_mpt.exchange import exchanged, optimizers_within
 from lightning_mpt.masters import MasterWeights
+from lightning_mpt.storage import master_storage
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "a list of its own": KeepsAList,
@@ -227,3 +228,38 @@ def test_a_method_may_take_parameters_out_of_a_group() -> None:
     step_with(optimizer, params, 1)
     assert torch.equal(params[0], frozen)
     assert not any(torch.equal(before, after) for before, after in zip(start, params, strict=True))
+
+
+class Anchored(torch.optim.SGD):
+    """Pulls weights back to copies that it made of them, as Lookahead's slow weights are."""
+
+    def __init__(self, params: list[nn.Parameter]) -> None:
+        super().__init__(params, lr=0.1)
+        self.anchors = [[parameter.detach().clone() for parameter in params]]
+        self.param_groups[0]["first"] = self.anchors[0][0]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for anchor, parameter in zip(self.anchors[0], self.param_groups[0]["params"], strict=True):
+            anchor.lerp_(parameter, 0.5)
+            parameter.copy_(anchor)
+        return loss
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_copies_of_half_weights_that_it_made_are_their_masters(dtype: torch.dtype) -> None:
+    params, masters = parameters(dtype), MasterWeights()
+    fp32 = [torch.randn(p.shape, generator=torch.Generator().manual_seed(7)) for p in params]
+    for parameter, value in zip(params, fp32, strict=True):
+        parameter.data.copy_(value)
+        if parameter.dtype == dtype:
+            masters.write(parameter, value.clone(), master_storage("float32"))
+    copies = [nn.Parameter(value) for value in fp32]
+    ours, theirs = bridge(Anchored(params), masters), Anchored(copies)
+    assert ours.param_groups[0]["first"] is ours.anchors[0][0]  # type: ignore[attr-defined]
+    for step in range(5):
+        for copied, gradient in zip(copies, step_with(ours, params, step), strict=True):
+            copied.grad = gradient
+        theirs.step()
+        torch.testing.assert_close(ours.master_params(), [c.detach() for c in copies], rtol=0, atol=0)
