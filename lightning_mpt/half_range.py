@@ -29,8 +29,19 @@ FLOORS = {F.normalize: 1e-12, F.cosine_similarity: 1e-8}
 
 def saturated(value: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor in half, what is finite in it too: a mask of -1e9 becomes the lowest number. A new one."""
-    limit, wide = torch.finfo(dtype).max, value.float()
+    limit = torch.finfo(dtype).max
+    if value.layout is not torch.strided or value.is_nested or _is_within(value, limit):
+        return value.to(dtype, copy=True)
+    wide = value.float()
     return torch.where(wide.isfinite(), wide.clamp(-limit, limit), wide).to(dtype)
+
+
+def _is_within(value: Tensor, limit: float) -> bool:
+    """Whether it is known that no magnitude is above `limit`: a host looks, a device is not waited for."""
+    if type(value) is not Tensor or value.device.type != "cpu" or value.numel() == 0:
+        return False
+    lowest, highest = torch.aminmax(value)
+    return bool(lowest >= -limit and highest <= limit)
 
 
 def _saturated(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -158,3 +158,16 @@ def test_what_is_finite_in_a_batch_stays_finite(precision: Any) -> None:
     mask = torch.tensor([torch.finfo(torch.float32).min, 1e9, -torch.inf, 0.5])
     batches = [(x, y, mask) for x, y in classification(1)]
     fit(Masked(mlp()), batches, MasterWeightPrecision(precision))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_batches_of_every_layout_become_half(dtype: torch.dtype) -> None:
+    plugin = MasterWeightPrecision("16-true" if dtype == torch.float16 else "bf16-true")
+    dense = torch.eye(3)
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    batch = [dense, dense.to_sparse_coo(), nested, dense[:0], dense.double(), dense.to(dtype), dense.long()]
+    halves = plugin.convert_input(batch)
+    assert [half.dtype for half in halves] == [dtype] * 6 + [torch.int64]
+    assert torch.equal(halves[1].to_dense(), halves[0])
+    assert halves[0].data_ptr() != dense.data_ptr()

@@ -9,8 +9,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .corrections import BLOCK_BYTES, CUBLAS_WORKSPACE_BYTES, cuda_kernels, cuda_optimizer, unknowns
-from .lstm import lstm_unknowns, rule_holds, with_workspace
-from .scratch import cpu_scratch
+from .lstm import rule_holds, with_workspace
+from .scratch import cpu_scratch, cpu_unknowns
 
 
 @dataclass(frozen=True)
@@ -40,5 +40,5 @@ class Device:
     notes: Callable[[nn.Module], list[str]] = lambda module: []
 
 
-CPU = Device("cpu", scratch=cpu_scratch, amend=with_workspace, lstms_by_onednn=rule_holds, notes=lstm_unknowns)
+CPU = Device("cpu", scratch=cpu_scratch, amend=with_workspace, lstms_by_onednn=rule_holds, notes=cpu_unknowns)
 CUDA = Device("cuda", BLOCK_BYTES, CUBLAS_WORKSPACE_BYTES, kernels=cuda_kernels, prepare=cuda_optimizer, notes=unknowns)

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_mpt.profiler.collect.sources import CPUSource
 from lightning_mpt.profiler.estimate.memory import DataDependent, FakeFunctions, FakeMemory
+from lightning_mpt.profiler.estimate.scratch import cpu_unknowns
 from lightning_mpt.profiler.recording import Event
 
 KIB = 1024
@@ -160,3 +161,10 @@ def test_whole_numbers_and_arrays_are_refused(ask: object) -> None:
     memory = FakeMemory()
     with FakeTensorMode(), memory, FakeFunctions(), pytest.raises(DataDependent, match=r"test_estimate_memory.py:\d+"):
         ask(torch.rand(3))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("layer", "said"), [(nn.Conv2d(4, 4, 1), True), (nn.ConvTranspose2d(4, 4, 3), True), (nn.Conv2d(4, 4, 3), False)]
+)
+def test_what_is_not_known_of_convolutions_on_a_cpu_is_said(layer: nn.Module, said: bool) -> None:
+    assert any("oneDNN" in note for note in cpu_unknowns(nn.Sequential(layer))) == said
