@@ -23,7 +23,10 @@ PRODUCTS: frozenset[Any] = frozenset(
     {F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d}
     | {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.grid_sample, F.layer_norm, F.group_norm, F.prelu}
     | {F.rms_norm, torch.einsum}
-) | named("matmul mm bmm mv dot vdot inner addmm addmv addr addbmm baddbmm tensordot __matmul__ __rmatmul__")
+) | named(
+    "matmul __matmul__ __rmatmul__ mm bmm mv dot vdot vecdot inner cross multi_dot tensordot addmm addmv addr addbmm "
+    "baddbmm"
+)
 """What multiplies tensors that must be of one type: half, where one of them is."""
 
 ATTENTION: tuple[Function, ...] = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
@@ -33,8 +36,9 @@ ASSIGNMENTS = named("scatter scatter_") | {Tensor.__setitem__}
 """What may write a number."""
 
 WRITES: frozenset[Any] = ASSIGNMENTS | named(
-    "index_add index_add_ index_copy index_copy_ index_put index_put_ scatter_add scatter_add_ scatter_reduce "
-    "scatter_reduce_ masked_scatter masked_scatter_ lerp lerp_"
+    "index_add index_add_ index_copy index_copy_ index_put index_put_ index_reduce index_reduce_ put_ scatter_add "
+    "scatter_add_ scatter_reduce scatter_reduce_ masked_scatter masked_scatter_ lerp lerp_ addmm_ addmv_ addr_ addbmm_ "
+    "baddbmm_"
 )
 """What writes tensors into the first one, whose type they must have."""
 

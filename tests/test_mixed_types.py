@@ -23,6 +23,9 @@ PRODUCTS: dict[str, Function] = {
     "mm": lambda a, b: a.mm(b),
     "bmm": lambda a, b: torch.bmm(a[None], b[None]),
     "addmm": lambda a, b: torch.addmm(a, b, b),
+    "vecdot": torch.linalg.vecdot,
+    "cross": lambda a, b: torch.linalg.cross(a[:, :3], b[:, :3]),
+    "multi_dot": lambda a, b: torch.linalg.multi_dot([a, b, a]),
     "dot": lambda a, b: torch.dot(a[0], b[0]),
     "tensordot": lambda a, b: torch.tensordot(a, b, dims=2),
     "einsum": lambda a, b: torch.einsum("ij,kj->ik", a, b),
@@ -46,6 +49,9 @@ WRITES: dict[str, Function] = {
     "scatter_add": lambda a, b: a.scatter_add(0, ROWS[:, None].expand(4, 4), b),
     "scatter_reduce": lambda a, b: a.scatter_reduce(0, ROWS[:, None].expand(4, 4), b, "amax"),
     "masked_scatter": lambda a, b: a.masked_scatter(a > 0, b),
+    "put_": lambda a, b: a.clone().put_(ROWS, b[0]),
+    "addmm_": lambda a, b: a.clone().addmm_(b, b),
+    "index_reduce": lambda a, b: a.index_reduce(0, ROWS, b, "amax"),
     "lerp": lambda a, b: a.lerp(b, b[0, 0]),
     "setitem": lambda a, b: written(a.clone(), b),
 }
@@ -79,6 +85,7 @@ def test_a_product_of_both_is_the_half_one(name: str, dtype: torch.dtype) -> Non
         assert product(a.float(), b.float()).dtype == torch.float32
 
 
+@pytest.mark.filterwarnings("ignore:index_reduce.* is in beta")
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", WRITES)
 def test_what_is_written_takes_the_type_of_what_it_is_written_into(name: str, dtype: torch.dtype) -> None:
