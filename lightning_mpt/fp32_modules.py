@@ -45,14 +45,6 @@ def is_rotary(part: nn.Module) -> bool:
 
 def meet_half(module: nn.Module, kept: set[nn.Module], dtype: torch.dtype) -> list[Any]:
     """Register the casts around what is `kept` in FP32 within `module`. Gives their handles."""
-
-    def outputs_to_half(part: nn.Module, args: Any, output: Any) -> Any:
-        return tree_map(partial(fp32_to, dtype), output)
-
-    def sines_to_half(part: nn.Module, args: Any, output: Any) -> Any:
-        several = isinstance(output, list | tuple) and sum(isinstance(one, Tensor) for one in output) > 1
-        return outputs_to_half(part, args, output) if several else output
-
     handles: list[Any] = []
     within: set[nn.Module] = set()
     for part in module.modules():  # a module comes before its children
@@ -60,30 +52,43 @@ def meet_half(module: nn.Module, kept: set[nn.Module], dtype: torch.dtype) -> li
             continue
         if isinstance(part, RUNNING_NORMS):
             if not type(part).__module__.startswith("torch."):  # a class of the user's may do more
-                handles.append(part.register_forward_hook(outputs_to_half))
+                handles.append(part.register_forward_hook(partial(_outputs_to_half, dtype)))
         elif is_rotary(part):
-            handles.append(part.register_forward_hook(sines_to_half))
+            handles.append(part.register_forward_hook(partial(_sines_to_half, dtype)))
         else:
             within.update(part.modules())
-            handles.append(part.register_forward_pre_hook(_inputs_to_fp32, with_kwargs=True))
-            handles += _fp32_by_default(part)
-            handles.append(part.register_forward_hook(outputs_to_half))
+            fp32_by_default = _FP32ByDefault()
+            handles += [
+                part.register_forward_pre_hook(_inputs_to_fp32, with_kwargs=True),
+                part.register_forward_pre_hook(fp32_by_default.enter),
+                part.register_forward_hook(fp32_by_default.leave, always_call=True),
+                part.register_forward_hook(partial(_outputs_to_half, dtype)),
+            ]
     return handles
 
 
-def _fp32_by_default(part: nn.Module) -> list[Any]:
-    """Within the module's forward, new tensors are FP32. Gives the handles of the hooks."""
-    before: list[torch.dtype] = []
+class _FP32ByDefault:
+    """Between the two hooks new tensors are FP32."""
 
-    def enter(part: nn.Module, args: Any) -> None:
-        before.append(torch.get_default_dtype())
+    def __init__(self) -> None:
+        self._before: list[torch.dtype] = []
+
+    def enter(self, part: nn.Module, args: Any) -> None:
+        self._before.append(torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
 
-    def leave(part: nn.Module, args: Any, output: Any) -> None:
-        torch.set_default_dtype(before.pop())
-
-    return [part.register_forward_pre_hook(enter), part.register_forward_hook(leave, always_call=True)]
+    def leave(self, part: nn.Module, args: Any, output: Any) -> None:
+        torch.set_default_dtype(self._before.pop())
 
 
 def _inputs_to_fp32(part: nn.Module, args: Any, kwargs: Any) -> Any:
     return tree_map(half_to_fp32, (args, kwargs))
+
+
+def _outputs_to_half(dtype: torch.dtype, part: nn.Module, args: Any, output: Any) -> Any:
+    return tree_map(partial(fp32_to, dtype), output)
+
+
+def _sines_to_half(dtype: torch.dtype, part: nn.Module, args: Any, output: Any) -> Any:
+    several = isinstance(output, list | tuple) and sum(isinstance(one, Tensor) for one in output) > 1
+    return _outputs_to_half(dtype, part, args, output) if several else output

@@ -1,5 +1,7 @@
 """What stays FP32 among half modules, and how it meets them."""
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -168,3 +170,29 @@ def test_only_what_runs_in_a_norm_is_fp32() -> None:
     assert fp32 == {f"0.{name}" for name in ("weight", "bias", "running_mean", "running_var")}
     with FP32Functions():
         assert net(torch.ones(4, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_copies_of_what_meets_half_meet_it_too() -> None:
+    net = nn.Sequential(ConditionalNorm(16), Codebook(), nn.Linear(16, 16), Attention())
+    ConvertedModule(net, torch.bfloat16, MasterWeights(), fp32_modules=(Codebook, nn.BatchNorm1d))
+    x = torch.randn(4, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with default_dtype(torch.bfloat16), FP32Functions():
+        twins = [copy.deepcopy(net), pickle.loads(pickle.dumps(net))]
+        expected = net(x)
+        for twin in twins:
+            assert torch.equal(twin(x), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own
+def test_a_compiled_module_makes_fp32_in_what_is_kept_so() -> None:
+    net = nn.Sequential(nn.Linear(16, 16), Codebook())
+    ConvertedModule(net, torch.bfloat16, MasterWeights(), fp32_modules=Codebook)
+    twin = copy.deepcopy(net)
+    compiled = torch.compile(twin, backend="eager")
+    x = torch.randn(4, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with default_dtype(torch.bfloat16), FP32Functions():
+        torch.testing.assert_close(compiled(x), net(x))
+        assert torch.get_default_dtype() == torch.bfloat16
+    assert torch.equal(twin[1].mean, net[1].mean)
+    assert net[1].mean > 0
