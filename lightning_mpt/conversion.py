@@ -19,7 +19,7 @@ from .fp32_modules import RUNNING_NORMS, kept_in_fp32, meet_half
 from .fp32_values import PLAIN, FP32Values, let_go_of_copy
 from .masters import MasterWeights
 from .shards import any_sharded, local, replace, sharded_groups
-from .storage import HALF_DTYPES, is_half
+from .storage import HALF_DTYPES, is_float, is_half
 
 DTYPE = attrgetter("dtype")
 
@@ -65,7 +65,7 @@ class ConvertedModule:
         self._parameters = self.values.names = {
             parameter: name
             for name, parameter in module.named_parameters()
-            if parameter.is_floating_point() and parameter.itemsize > 1 and id(parameter) not in stays  # float8 stays
+            if is_float(parameter) and id(parameter) not in stays
         }
         self._check()
         self.half_norms = [
@@ -248,7 +248,7 @@ class ConvertedModule:
                     "convert the module with .float(), or train with precision='64-true'."
                 )
             held = local(parameter).detach()
-            if held.numel() == 0 or not held.is_floating_point() or held.itemsize == 1:
+            if held.numel() == 0 or not is_float(held):
                 continue
             lowest, highest = (bound.item() for bound in torch.aminmax(held))
             largest = max(abs(lowest), abs(highest))

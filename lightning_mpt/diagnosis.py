@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .optimizer import MasterAdamW
 from .shards import local
 from .skips import SkippedSteps
+from .storage import is_float
 
 LOST_SHARE = 2.0**-25
 """Half a unit in the last place of an FP32 number is at least this share of it: a change of less is lost."""
@@ -153,7 +154,7 @@ def _broken(parameter: Tensor, released: Mapping[Tensor, Tensor] | None) -> bool
 def _finite(tensor: Tensor) -> bool:
     """Whether all is finite; of a sharded tensor, all that this process holds: others may not be asking."""
     held = local(tensor).detach()
-    if held.numel() == 0 or not held.is_floating_point() or held.itemsize == 1:  # float8 is not trained
+    if held.numel() == 0 or not is_float(held):
         return True
     return all(math.isfinite(bound.item()) for bound in torch.aminmax(held))  # makes no copy, and NaN is both
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .half_range import saturated
 from .masters import MasterWeights
 from .shards import share
-from .storage import HALF_DTYPES, is_half, master_storage
+from .storage import is_float, is_half, master_storage
 
 PLAIN = master_storage("float32")
 
@@ -54,7 +54,7 @@ class FP32Values:
         """Make the floating buffers of one of the `parts` half."""
         self.parts.add(part)
         for name, buffer in part._buffers.items():
-            if buffer is not None and buffer.dtype in (torch.float32, torch.float64, *HALF_DTYPES):
+            if buffer is not None and is_float(buffer):
                 self._buffers[part, name] = buffer.float().cpu() if is_half(buffer) else buffer.cpu()
                 part._buffers[name] = saturated(buffer, self.dtype)
 

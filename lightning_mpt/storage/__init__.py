@@ -20,7 +20,7 @@ from .bfloat16_moments import BFloat16Moments
 from .block8 import Block8Moments
 from .float32 import Float32Masters
 from .float32_moments import Float32Moments
-from .masters import HALF_DTYPES, MasterStorage, fp32_to, half_to_fp32, is_half, round_to_half
+from .masters import HALF_DTYPES, MasterStorage, fp32_to, half_to_fp32, is_float, is_half, round_to_half
 from .moments import Moment, MomentStorage, zeros
 from .split import SplitMasters
 from .split8 import Split8Masters
@@ -60,6 +60,7 @@ __all__ = [
     "MomentStorage",
     "fp32_to",
     "half_to_fp32",
+    "is_float",
     "is_half",
     "master_storage",
     "moment_storage",

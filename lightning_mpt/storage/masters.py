@@ -49,6 +49,11 @@ def is_half(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype in HALF_DTYPES
 
 
+def is_float(tensor: Tensor) -> bool:
+    """Whether its numbers are computed with: float8 is only kept, as by quantized weights, and is left alone."""
+    return tensor.is_floating_point() and tensor.itemsize > 1
+
+
 def half_to_fp32(value: Any) -> Any:
     """A half tensor in FP32; anything else as it is."""
     return value.float() if is_half(value) else value
