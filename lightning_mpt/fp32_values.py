@@ -169,7 +169,8 @@ class FP32Values:
     def of_part(self, part: nn.Module) -> dict[str, Tensor]:
         """Those of a part's own parameters and buffers, by name."""
         parameters = {name: self._masters.read(p) for name, p in part._parameters.items() if p in self.names}
-        return parameters | {name: value for (owner, name), value in self._buffers.items() if owner is part}
+        buffers = {name: self._buffers[part, name] for name in part._buffers if (part, name) in self._buffers}
+        return parameters | buffers
 
     def enter(self, part: nn.Module, values: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> None:
         """Take over what `of_part` gave, for a copy of that part; `parameters` are those of the copy that are half."""

@@ -5,7 +5,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from functools import partial
 from typing import Any
 
@@ -66,23 +66,21 @@ def run(options: argparse.Namespace) -> int:
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    interrupted = False
-    try:
-        with redirect_stdout(sys.stderr), bar as progress:
-            for number, precision in enumerate(precisions, 1):
-                name = f"{precision} ({number} of {len(precisions)})"
-                task = progress.add_task(name)
-                rows.append(_row(partial(ask, precision, batch_size=options.batch_size), precision))
-                report = rows[-1].report
-                if report is not None and options.save is not None:
-                    report.save(options.save / f"{precision.replace(':', '-')}.json")
-                if report is not None and memory_bytes is not None:
-                    say = partial(progress.update, task)
-                    first = options.batch_size or trial.batch_size
-                    batches[precision] = _largest_batch(partial(ask, precision), memory_bytes, first, say, name)
-                progress.remove_task(task)
-    except KeyboardInterrupt:
-        interrupted = True
+    finished = False
+    with suppress(KeyboardInterrupt), redirect_stdout(sys.stderr), bar as progress:
+        for number, precision in enumerate(precisions, 1):
+            name = f"{precision} ({number} of {len(precisions)})"
+            task = progress.add_task(name)
+            rows.append(_row(partial(ask, precision, batch_size=options.batch_size), precision))
+            report = rows[-1].report
+            if report is not None and options.save is not None:
+                report.save(options.save / f"{precision.replace(':', '-')}.json")
+            if report is not None and memory_bytes is not None:
+                say = partial(progress.update, task)
+                first = options.batch_size or trial.batch_size
+                batches[precision] = _largest_batch(partial(ask, precision), memory_bytes, first, say, name)
+            progress.remove_task(task)
+        finished = True
     ranks = {row.precision: per_rank(row.report, options.ranks) for row in rows if options.ranks and row.report}
     if options.json:
         print(json.dumps(_json(rows, batches, ranks, memory_bytes), indent=1))
@@ -91,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
 
         title = f"{target}, estimated for {options.device}"
         print_rows(rows, title, more=_more(rows, batches, ranks, options), remarks=_remarks(ranks))
-    if interrupted:
+    if not finished:
         print(f"lightning-mpt estimate: interrupted after {len(rows)} of {len(precisions)}", file=sys.stderr)
         return INTERRUPTED
     return 0 if base_of(rows) is not None else 1
